@@ -1,0 +1,393 @@
+"""config.yaml: one section per module, strict keys. An error names the file, the dotted key and what was expected.
+
+Any string may be `{file: PATH}` (a secret kept elsewhere; relative to config.yaml). `shipped()` is where the packaged
+tasks and the default configuration lie, inside and outside a checkout.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dicom_node.errors import ConfigError
+
+
+def shipped() -> Path:
+    """The folder that holds `engines/`, `config.yaml` and `deploy/`: in the wheel, else the checkout."""
+    packaged = Path(__file__).parent / "_shipped"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent
+
+
+def is_loopback(host: str) -> bool:
+    """True for localhost and the loopback networks; a host name is not resolved (DNS must not open a door)."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+def _ae_title(value: Any) -> Any:
+    """PS3.5 6.2 AE: 1..16 characters of the default repertoire, no backslash, not only spaces."""
+    if not isinstance(value, str) or not re.fullmatch(r"[\x20-\x5b\x5d-\x7e]{1,16}", value) or not value.strip():
+        raise ValueError("an AE title: 1 to 16 printable ASCII characters without a backslash (PS3.5 table 6.2-1)")
+    return value.strip()
+
+
+AETitle = Annotated[str, BeforeValidator(_ae_title)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def _network(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError('a network such as "10.1.0.0/16"')
+    try:
+        return str(ipaddress.ip_network(value, strict=False))
+    except ValueError:
+        raise ValueError('a network such as "10.1.0.0/16"') from None
+
+
+class Tls(_Section):
+    """PEM files: our certificate chain, its key, and the CA that signs our peers (both sides present one)."""
+
+    cert: Path
+    key: Path
+    ca: Path
+
+
+class AllowedPeer(_Section):
+    """Who may open an association: AE title and address; with TLS also the subject's common name."""
+
+    ae_title: AETitle
+    address: Annotated[str, BeforeValidator(_network)] = "0.0.0.0/0"
+    subject: str | None = None
+
+
+class Receive(_Section):
+    ae_title: AETitle = "DICOM_NODE"
+    extra_ae_titles: tuple[AETitle, ...] = ()
+    host: str = "127.0.0.1"
+    port: Port = 11112
+    allow: tuple[AllowedPeer, ...] = ()
+    tls: Tls | None = None
+    max_associations: int = Field(64, ge=1, le=4096)
+    max_associations_per_peer: int = Field(16, ge=1)
+    max_pdu: int = Field(131072, ge=4096, le=1 << 20)
+    max_instance_mb: int = Field(2048, ge=1)
+    idle_timeout: float = Field(60, gt=0)
+    priority_ae: tuple[AETitle, ...] = ()
+    also_accept: tuple[str, ...] = ()
+    """Further Storage SOP Class UIDs (vendor private classes): stored, never routed."""
+
+    @model_validator(mode="after")
+    def _open_only_on_loopback(self) -> Receive:
+        if not self.allow and not is_loopback(self.host):
+            raise ValueError("allow: must list the peers, because host is not loopback ([] = anyone)")
+        return self
+
+
+class Store(_Section):
+    root: Path = Path("var")
+    ledger: str | None = None
+    """SQLAlchemy URL; null = SQLite in the root."""
+    min_free_gb: float = Field(2, ge=0)
+    keep_days: float = Field(7, gt=0)
+
+
+class Assemble(_Section):
+    quiet_seconds: float = Field(60, ge=0)
+    force_after_seconds: float = Field(7200, gt=0)
+    late: Literal["rerun", "ignore"] = "rerun"
+    max_revisions: int = Field(3, ge=1)
+
+
+class Engines(_Section):
+    path: tuple[Path, ...] = (Path("engines"),)
+    require_signature: bool = False
+
+
+BodyPart: TypeAlias = Literal["THYROID", "KIDNEY", "LIVER", "SCROTUM"]
+Scalar: TypeAlias = str | int | float | bool
+
+
+class Regex(_Section):
+    regex: str
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Regex:
+        try:
+            re.compile(self.regex)
+        except re.error as e:
+            raise ValueError(f"regex: not a regular expression ({e})") from None
+        return self
+
+
+class Range(_Section):
+    range: tuple[float, float]
+
+
+class Exists(_Section):
+    exists: bool
+
+
+Matcher: TypeAlias = "Regex | Range | Exists | list[Scalar] | Scalar"
+When: TypeAlias = dict[str, Matcher]
+
+WHEN_KEYS = frozenset({"body_part", "modality", "contrast", "calling_ae", "called_ae"})
+INDICATION_KEYS = WHEN_KEYS | {"roi", "clinical", "sr_finding"}
+
+
+class Indication(_Section):
+    """What establishes the task's indication: any one of these, or all of them."""
+
+    any: tuple[dict[str, Matcher], ...] = ()
+    all: tuple[dict[str, Matcher], ...] = ()
+
+    @model_validator(mode="after")
+    def _one(self) -> Indication:
+        if bool(self.any) == bool(self.all):
+            raise ValueError("either any: [...] or all: [...], with at least one matcher")
+        return self
+
+
+class RouteAssemble(_Section):
+    quiet_seconds: float | None = Field(None, ge=0)
+
+
+class Require(_Section):
+    min_frames: int | None = Field(None, ge=1)
+    min_instances: int | None = Field(None, ge=1)
+    phases: tuple[str, ...] = ()
+    clinical: tuple[str, ...] = ()
+
+
+class Route(_Section):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,47}$")]
+    when: When
+    indication: Indication
+    engine: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")]
+    mode: Literal["live", "shadow"] = "live"
+    deliver: tuple[str, ...] = ()
+    priority: int = Field(0, ge=0, le=9)
+    assemble: RouteAssemble = RouteAssemble()
+    require: Require = Require()
+    if_incomplete: Literal["run", "hold", "give_up"] = "give_up"
+    not_assessable: Literal["none", "sr"] = "none"
+
+    @model_validator(mode="after")
+    def _keys(self) -> Route:
+        _check_keys("when", self.when, WHEN_KEYS)
+        for matcher in (*self.indication.any, *self.indication.all):
+            _check_keys("indication", matcher, INDICATION_KEYS)
+        if not self.when:
+            raise ValueError("when: at least one condition")
+        return self
+
+
+def _check_keys(where: str, conditions: dict[str, Any], own: frozenset[str]) -> None:
+    from pydicom.datadict import tag_for_keyword  # imported late: pydicom costs 0.2 s and `check` needs it only here
+
+    for key in conditions:
+        if key not in own and tag_for_keyword(key) is None:
+            raise ValueError(f"{where}.{key}: one of {', '.join(sorted(own))}, or a DICOM keyword (PS3.6)")
+
+
+class Infer(_Section):
+    runtime: Literal["auto", "onnx", "openvino", "cuda", "tensorrt"] = "auto"
+    devices: str = "auto"
+    timeout_seconds: float = Field(120, gt=0)
+    max_attempts: int = Field(3, ge=1)
+    workers_per_device: int = Field(1, ge=1, le=16)
+    memory_gb: float = Field(8, gt=0)
+
+
+class Capture(_Section):
+    max_frames: int = Field(64, ge=1)
+    max_mb: float = Field(40, gt=0)
+
+
+class Report(_Section):
+    manufacturer: str = "dicom-node"
+    station_name: Annotated[str, Field(max_length=16)] = "DICOM_NODE"
+    series_number: int = Field(9000, ge=1)
+    uid_root: Annotated[str, Field(pattern=r"^[0-2](\.(0|[1-9][0-9]*))+$", max_length=30)] | None = None
+    language: str = "en-US"
+    capture: Capture = Capture()
+
+
+class Destination(_Section):
+    ae_title: AETitle
+    host: str
+    port: Port
+    tls: Tls | None = None
+    objects: tuple[Literal["sr", "capture"], ...] = ("sr", "capture")
+    sr: Literal["comprehensive3d", "enhanced"] = "comprehensive3d"
+    capture: Literal["multiframe", "keyframes"] = "multiframe"
+    charset: Literal["ISO_IR 192", "GB18030", "ISO_IR 100"] = "ISO_IR 192"
+    commitment: bool = False
+    accept_demonstration: bool = False
+
+    @property
+    def takes_demonstration(self) -> bool:
+        """Demonstration results go only to loopback, or where the operator said so in writing."""
+        return self.accept_demonstration or is_loopback(self.host)
+
+
+class Retry(_Section):
+    first_seconds: float = Field(5, gt=0)
+    max_seconds: float = Field(900, gt=0)
+    give_up_hours: float = Field(72, gt=0)
+
+
+class Deliver(_Section):
+    destinations: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], Destination] = Field(default_factory=dict)
+    retry: Retry = Retry()
+
+
+class Clinical(_Section):
+    sidecar: Path | None = None
+    fhir: dict[str, Any] | None = None
+
+
+class MetricsServer(_Section):
+    host: str = "127.0.0.1"
+    port: Port = 9108
+
+
+class Log(_Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "json"
+
+
+class Audit(_Section):
+    path: Path | None = None
+    syslog: str | None = None
+
+
+class Config(_Section):
+    """The whole file."""
+
+    receive: Receive = Receive()
+    store: Store = Store()
+    assemble: Assemble = Assemble()
+    engines: Engines = Engines()
+    routes: tuple[Route, ...] = ()
+    infer: Infer = Infer()
+    report: Report = Report()
+    deliver: Deliver = Deliver()
+    clinical: Clinical = Clinical()
+    metrics: MetricsServer = MetricsServer()
+    log: Log = Log()
+    audit: Audit = Audit()
+
+    @model_validator(mode="after")
+    def _references(self) -> Config:
+        names = [route.name for route in self.routes]
+        for index, route in enumerate(self.routes):
+            if names.count(route.name) > 1:
+                raise ValueError(f"routes.{index}.name: used once only, {route.name!r} is used twice")
+            for name in route.deliver:
+                if name not in self.deliver.destinations:
+                    known = ", ".join(self.deliver.destinations) or "none is defined"
+                    raise ValueError(f"routes.{index}.deliver: a name under deliver.destinations ({known}), not {name!r}")
+        return self
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice: the second would silently win."""
+
+
+def _no_duplicates(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+
+
+_StrictLoader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, lambda loader, node: _no_duplicates(loader, node, deep=True)
+)
+
+
+def _secrets(value: Any, base: Path, file: str, key: str) -> Any:
+    """Replace `{file: PATH}` by the file's text, without its trailing line break."""
+    if isinstance(value, dict):
+        if set(value) == {"file"} and isinstance(value["file"], str):
+            path = base / value["file"]
+            try:
+                return path.read_text().rstrip("\r\n")
+            except OSError as e:
+                raise ConfigError(file, key, f"a readable file, but {path} is not ({e.strerror})") from None
+        return {k: _secrets(v, base, file, f"{key}.{k}" if key else str(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_secrets(v, base, file, f"{key}.{i}") for i, v in enumerate(value)]
+    return value
+
+
+def parse(data: Any, *, file: str, base: Path) -> Config:
+    """Check already parsed YAML. Relative paths are resolved against `base`."""
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(file, "", "a mapping of sections (receive, store, …)")
+    try:
+        config = Config.model_validate(_secrets(data, base, file, ""))
+    except ValidationError as e:
+        raise _first_error(e, file) from None
+    return _resolve(config, base)
+
+
+def load(path: Path) -> Config:
+    """Read and check config.yaml. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(str(path), "", f"a readable file ({e})") from None
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506  a SafeLoader subclass
+    except yaml.YAMLError as e:
+        raise ConfigError(str(path), "", f"YAML ({' '.join(str(e).split())})") from None
+    return parse(data, file=str(path), base=path.resolve().parent)
+
+
+_KINDS = {"missing": "required", "extra_forbidden": "no such key"}
+
+
+def _first_error(error: ValidationError, file: str) -> ConfigError:
+    """One error at a time: the first, with the union members that pydantic puts into the path left out."""
+    first = error.errors(include_url=False)[0]
+    parts = [str(p) for p in first["loc"] if not re.search(r"[\[(]", str(p)) and str(p) not in ("Regex", "Range", "Exists")]
+    message = _KINDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    if re.match(r"^[a-z_]+(\.[a-zA-Z0-9_]+)*: ", message) and first["type"] == "value_error":
+        key, _, message = message.partition(": ")
+        parts.append(key)
+    return ConfigError(file, ".".join(parts), message)
+
+
+def _resolve(config: Config, base: Path) -> Config:
+    """Make every path of the file absolute, relative to the file (not to the working directory)."""
+
+    def tls(section: Tls | None) -> Tls | None:
+        return section and Tls(cert=base / section.cert, key=base / section.key, ca=base / section.ca)
+
+    destinations = {n: d.model_copy(update={"tls": tls(d.tls)}) for n, d in config.deliver.destinations.items()}
+    return config.model_copy(update={
+        "receive": config.receive.model_copy(update={"tls": tls(config.receive.tls)}),
+        "store": config.store.model_copy(update={"root": base / config.store.root}),
+        "engines": config.engines.model_copy(update={"path": tuple(base / p for p in config.engines.path)}),
+        "deliver": config.deliver.model_copy(update={"destinations": destinations}),
+        "clinical": config.clinical.model_copy(
+            update={"sidecar": config.clinical.sidecar and base / config.clinical.sidecar}),
+        "audit": config.audit.model_copy(update={"path": config.audit.path and base / config.audit.path}),
+    })

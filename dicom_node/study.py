@@ -1,0 +1,156 @@
+"""What was received, as frozen values: Header, Instance, Series, Study. No I/O; everything above may import it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+Scalar: TypeAlias = str | int | float
+Value: TypeAlias = "Scalar | tuple[Scalar, ...] | tuple[Header, ...]"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Header(Mapping[str, "Value"]):
+    """The attributes of one data set without its bulk data: an immutable mapping from DICOM keyword to value.
+
+    Text is decoded (PS3.5 6.1) to `str`; numbers are `int` or `float`; a multi-valued attribute is a tuple; a sequence
+    is a tuple of Headers. Absent and empty attributes are both absent. Private attributes stand under their tag as
+    eight hexadecimal digits (`"200510A0"`).
+    """
+
+    values_: Mapping[str, Value]
+
+    def __getitem__(self, keyword: str) -> Value:
+        return self.values_[keyword]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+    def text(self, keyword: str) -> str:
+        """The value as text; "" when absent; a multi-valued attribute joined by a backslash."""
+        value = self.values_.get(keyword, "")
+        return "\\".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    def texts(self, keyword: str) -> tuple[str, ...]:
+        """All values as text; () when absent."""
+        value = self.values_.get(keyword, ())
+        return tuple(map(str, value)) if isinstance(value, tuple) else (str(value),)
+
+    def number(self, keyword: str) -> float | None:
+        """The (first) value as a number; None when absent or not a number."""
+        value: Any = self.values_.get(keyword)
+        if isinstance(value, tuple):
+            value = value[0] if value else None
+        try:
+            return None if value is None else float(value)
+        except (TypeError, ValueError):
+            return None
+
+    def items_of(self, keyword: str) -> tuple[Header, ...]:
+        """The items of a sequence; () when absent."""
+        value = self.values_.get(keyword, ())
+        return tuple(v for v in value if isinstance(v, Header)) if isinstance(value, tuple) else ()
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Header:
+        """The inverse of `to_json`."""
+        return cls(MappingProxyType({k: _thaw(v) for k, v in values.items()}))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, dicts and scalars, as the ledger keeps them."""
+        return {k: _freeze(v) for k, v in self.values_.items()}
+
+
+def _thaw(value: Any) -> Value:
+    if isinstance(value, list):
+        return tuple(Header.from_json(v) if isinstance(v, dict) else v for v in value)
+    return value  # type: ignore[no-any-return]
+
+
+def _freeze(value: Value) -> Any:
+    if isinstance(value, tuple):
+        return [v.to_json() if isinstance(v, Header) else v for v in value]
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One stored SOP Instance."""
+
+    instance_id: str
+    """The node's own id: 32 hexadecimal digits; names the file. Never derived from the wire."""
+    header: Header
+    transfer_syntax_uid: str
+    digest: str
+    """SHA-256 (hex) of the encoded data set as received, without the Part 10 meta group."""
+    path: Path
+    calling_ae_title: str
+    called_ae_title: str
+    peer: str
+    association_id: str
+    received_at: float
+    """Seconds since the epoch."""
+
+    @property
+    def sop_class_uid(self) -> str:
+        return self.header.text("SOPClassUID")
+
+    @property
+    def sop_instance_uid(self) -> str:
+        return self.header.text("SOPInstanceUID")
+
+    @property
+    def series_instance_uid(self) -> str:
+        return self.header.text("SeriesInstanceUID")
+
+    @property
+    def study_instance_uid(self) -> str:
+        return self.header.text("StudyInstanceUID")
+
+    @property
+    def number_of_frames(self) -> int:
+        return int(self.header.number("NumberOfFrames") or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The instances of one Series, newest revision of each SOP Instance UID only, by Instance Number."""
+
+    series_instance_uid: str
+    instances: tuple[Instance, ...]
+
+    @property
+    def modality(self) -> str:
+        return self.instances[0].header.text("Modality")
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One study as it stands at one revision."""
+
+    study_instance_uid: str
+    revision: int
+    series: tuple[Series, ...]
+
+    @property
+    def instances(self) -> tuple[Instance, ...]:
+        return tuple(i for s in self.series for i in s.instances)
+
+    @classmethod
+    def from_instances(cls, study_instance_uid: str, revision: int, instances: Iterable[Instance]) -> Study:
+        """Group by Series Instance UID; order is stable, so the same instances give an equal Study."""
+        groups: dict[str, list[Instance]] = {}
+        for instance in instances:
+            groups.setdefault(instance.series_instance_uid, []).append(instance)
+        series = [
+            Series(uid, tuple(sorted(group, key=lambda i: (i.header.number("InstanceNumber") or 0.0, i.sop_instance_uid))))
+            for uid, group in groups.items()
+        ]
+        series.sort(key=lambda s: (s.instances[0].header.number("SeriesNumber") or 0.0, s.series_instance_uid))
+        return cls(study_instance_uid, revision, tuple(series))
