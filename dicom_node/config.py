@@ -248,7 +248,9 @@ class Retry(_Section):
 
 
 class Deliver(_Section):
-    destinations: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], Destination] = Field(default_factory=dict)
+    destinations: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], Destination] = Field(
+        default_factory=dict
+    )
     retry: Retry = Retry()
 
 
@@ -297,7 +299,9 @@ class Config(_Section):
             for name in route.deliver:
                 if name not in self.deliver.destinations:
                     known = ", ".join(self.deliver.destinations) or "none is defined"
-                    raise ValueError(f"routes.{index}.deliver: a name under deliver.destinations ({known}), not {name!r}")
+                    raise ValueError(
+                        f"routes.{index}.deliver: a name under deliver.destinations ({known}), not {name!r}"
+                    )
         return self
 
 
@@ -367,7 +371,9 @@ _KINDS = {"missing": "required", "extra_forbidden": "no such key"}
 def _first_error(error: ValidationError, file: str) -> ConfigError:
     """One error at a time: the first, with the union members that pydantic puts into the path left out."""
     first = error.errors(include_url=False)[0]
-    parts = [str(p) for p in first["loc"] if not re.search(r"[\[(]", str(p)) and str(p) not in ("Regex", "Range", "Exists")]
+    parts = [
+        str(p) for p in first["loc"] if not re.search(r"[\[(]", str(p)) and str(p) not in ("Regex", "Range", "Exists")
+    ]
     message = _KINDS.get(first["type"], first["msg"].removeprefix("Value error, "))
     if re.match(r"^[a-z_]+(\.[a-zA-Z0-9_]+)*: ", message) and first["type"] == "value_error":
         key, _, message = message.partition(": ")
@@ -382,12 +388,15 @@ def _resolve(config: Config, base: Path) -> Config:
         return section and Tls(cert=base / section.cert, key=base / section.key, ca=base / section.ca)
 
     destinations = {n: d.model_copy(update={"tls": tls(d.tls)}) for n, d in config.deliver.destinations.items()}
-    return config.model_copy(update={
-        "receive": config.receive.model_copy(update={"tls": tls(config.receive.tls)}),
-        "store": config.store.model_copy(update={"root": base / config.store.root}),
-        "engines": config.engines.model_copy(update={"path": tuple(base / p for p in config.engines.path)}),
-        "deliver": config.deliver.model_copy(update={"destinations": destinations}),
-        "clinical": config.clinical.model_copy(
-            update={"sidecar": config.clinical.sidecar and base / config.clinical.sidecar}),
-        "audit": config.audit.model_copy(update={"path": config.audit.path and base / config.audit.path}),
-    })
+    return config.model_copy(
+        update={
+            "receive": config.receive.model_copy(update={"tls": tls(config.receive.tls)}),
+            "store": config.store.model_copy(update={"root": base / config.store.root}),
+            "engines": config.engines.model_copy(update={"path": tuple(base / p for p in config.engines.path)}),
+            "deliver": config.deliver.model_copy(update={"destinations": destinations}),
+            "clinical": config.clinical.model_copy(
+                update={"sidecar": config.clinical.sidecar and base / config.clinical.sidecar}
+            ),
+            "audit": config.audit.model_copy(update={"path": config.audit.path and base / config.audit.path}),
+        }
+    )

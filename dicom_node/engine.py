@@ -65,7 +65,9 @@ class UnitPrediction:
     def __post_init__(self) -> None:
         n = len(self.frame_refs)
         if self.logits.ndim != 1 or self.feature_maps.shape[0] != n or self.frames.shape[0] != n:
-            raise ValueError(f"{self.tracking_identifier}: logits (K,), feature_maps (n, C, h, w) and frames (n, …) needed")
+            raise ValueError(
+                f"{self.tracking_identifier}: logits (K,), feature_maps (n, C, h, w) and frames (n, …) needed"
+            )
         for array in (self.logits, self.feature_maps, self.frames, *(() if self.cam is None else (self.cam,))):
             array.flags.writeable = False
 

@@ -57,7 +57,7 @@ class UnknownTargetError(NodeError):
 class ReceiveError(NodeError):
     """The instance was not stored."""
 
-    status: ClassVar[int] = 0xC000  # type: ignore[misc]
+    status: ClassVar[int] = 0xC000
 
     def __init__(self, message: str | None = None, *, offending_element: int | None = None) -> None:
         super().__init__(message)

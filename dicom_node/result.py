@@ -59,7 +59,9 @@ class RefusalCode(enum.StrEnum):
 _SENTENCES: dict[RefusalCode, str] = {
     RefusalCode.NO_ROUTE: "No route of config.yaml matches this study.",
     RefusalCode.BODY_PART_AMBIGUOUS: "The evidence names more than one body part, none of them clearly.",
-    RefusalCode.INDICATION_NOT_ESTABLISHED: "The body part matches, but nothing establishes the indication the engine was made for.",
+    RefusalCode.INDICATION_NOT_ESTABLISHED: (
+        "The body part matches, but nothing establishes the indication the engine was made for."
+    ),
     RefusalCode.INCOMPLETE: "The study never held what the route requires.",
     RefusalCode.PATIENT_CONFLICT: "Instances of this study disagree on who the patient is.",
     RefusalCode.ENGINE_NOT_AVAILABLE: "The engine of this route is not installed or was not accepted on this machine.",
@@ -188,7 +190,7 @@ class Provenance:
     precision: str
     algorithm_name: str
     parameters: dict[str, str] = field(default_factory=dict)
-    """Written into the SR as Algorithm Parameters (111002, DCM): threshold, temperature, frames chosen, OOD distance…"""
+    """The SR's Algorithm Parameters (111002, DCM): threshold, temperature, frames chosen, OOD distance…"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,26 +231,48 @@ def _heatmap(v: dict[str, Any] | None) -> Heatmap | None:
     if v is None:
         return None
     x0, y0, x1, y1 = v["region"]
-    return Heatmap(**(v | {
-        "target": Code(*v["target"]), "frames": _array(v["frames"]), "map": _array(v["map"]),
-        "frame_refs": _frame_refs(v["frame_refs"]), "region": (x0, y0, x1, y1),
-    }))
+    return Heatmap(
+        **(
+            v
+            | {
+                "target": Code(*v["target"]),
+                "frames": _array(v["frames"]),
+                "map": _array(v["map"]),
+                "frame_refs": _frame_refs(v["frame_refs"]),
+                "region": (x0, y0, x1, y1),
+            }
+        )
+    )
 
 
 def _finding(v: dict[str, Any]) -> Finding:
-    return Finding(**(v | {
-        "finding": Code(*v["finding"]), "site": Code(*v["site"]), "laterality": _code(v["laterality"]),
-        "category_name": Code(*v["category_name"]), "category": Code(*v["category"]),
-        "scores": tuple(Score(**(s | {"outcome": Code(*s["outcome"])})) for s in v["scores"]),
-        "sources": _frame_refs(v["sources"]), "heatmap": _heatmap(v["heatmap"]),
-    }))
+    return Finding(
+        **(
+            v
+            | {
+                "finding": Code(*v["finding"]),
+                "site": Code(*v["site"]),
+                "laterality": _code(v["laterality"]),
+                "category_name": Code(*v["category_name"]),
+                "category": Code(*v["category"]),
+                "scores": tuple(Score(**(s | {"outcome": Code(*s["outcome"])})) for s in v["scores"]),
+                "sources": _frame_refs(v["sources"]),
+                "heatmap": _heatmap(v["heatmap"]),
+            }
+        )
+    )
 
 
 def result_from_json(v: dict[str, Any]) -> Result:
     """Rebuild a Result from `Result.to_json()` after a trip through JSON text."""
-    return Result(**(v | {
-        "findings": tuple(map(_finding, v["findings"])),
-        "provenance": Provenance(**v["provenance"]),
-        "clinical": tuple(ClinicalInput(**(c | {"code": Code(*c["code"])})) for c in v["clinical"]),
-        "source_instances": tuple(v["source_instances"]),
-    }))
+    return Result(
+        **(
+            v
+            | {
+                "findings": tuple(map(_finding, v["findings"])),
+                "provenance": Provenance(**v["provenance"]),
+                "clinical": tuple(ClinicalInput(**(c | {"code": Code(*c["code"])})) for c in v["clinical"]),
+                "source_instances": tuple(v["source_instances"]),
+            }
+        )
+    )

@@ -70,7 +70,7 @@ class Header(Mapping[str, "Value"]):
 def _thaw(value: Any) -> Value:
     if isinstance(value, list):
         return tuple(Header.from_json(v) if isinstance(v, dict) else v for v in value)
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _freeze(value: Value) -> Any:
@@ -149,7 +149,9 @@ class Study:
         for instance in instances:
             groups.setdefault(instance.series_instance_uid, []).append(instance)
         series = [
-            Series(uid, tuple(sorted(group, key=lambda i: (i.header.number("InstanceNumber") or 0.0, i.sop_instance_uid))))
+            Series(
+                uid, tuple(sorted(group, key=lambda i: (i.header.number("InstanceNumber") or 0.0, i.sop_instance_uid)))
+            )
             for uid, group in groups.items()
         ]
         series.sort(key=lambda s: (s.instances[0].header.number("SeriesNumber") or 0.0, s.series_instance_uid))

@@ -1,0 +1,258 @@
+"""Queries on outputs, deliveries and destinations. Each takes an open transaction.
+
+An output is written once and those bytes are sent, again and again if need be: a repeated send is a harmless duplicate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from dicom_node.store.jobs import AGEING_SECONDS
+from dicom_node.store.ledger import add_event
+from dicom_node.store.schema import DeliveryState, delivery, destination, output, study
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One object we made, as it lies under <root>/outputs."""
+
+    sop_uid: str
+    study_uid: str
+    revision: int
+    route: str
+    kind: str
+    variant: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One object on its way to one destination."""
+
+    id: int
+    destination: str
+    sop_uid: str
+    study_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    file: str
+    sha256: str
+    attempts: int
+    created_at: float
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A destination that refuses us for a reason only a person can mend; probed now and then."""
+
+    since: float
+    reason: str
+    probe_at: float
+
+
+def add_output(tx: sa.Connection, new: Output, now: float) -> None:
+    """Record a written object; the same object twice changes nothing."""
+    if tx.execute(sa.select(output.c.sop_uid).where(output.c.sop_uid == new.sop_uid)).first() is None:
+        tx.execute(
+            output.insert().values(
+                sop_uid=new.sop_uid,
+                study_uid=new.study_uid,
+                revision=new.revision,
+                route=new.route,
+                kind=new.kind,
+                variant=new.variant,
+                sop_class_uid=new.sop_class_uid,
+                transfer_syntax_uid=new.transfer_syntax_uid,
+                file=new.file,
+                sha256=new.sha256,
+                created_at=now,
+            )
+        )
+
+
+def add_delivery(tx: sa.Connection, *, to: str, sop_uid: str, study_uid: str, priority: int, now: float) -> None:
+    """Queue an object for a destination; the same pair twice changes nothing."""
+    known = sa.select(delivery.c.id).where(delivery.c.destination == to, delivery.c.sop_uid == sop_uid)
+    if tx.execute(known).first() is None:
+        tx.execute(
+            delivery.insert().values(
+                destination=to,
+                sop_uid=sop_uid,
+                study_uid=study_uid,
+                state=DeliveryState.PENDING,
+                priority=priority,
+                attempts=0,
+                created_at=now,
+                next_at=now,
+            )
+        )
+
+
+def pending(tx: sa.Connection, to: str, now: float, limit: int = 50) -> list[Delivery]:
+    """What may be sent to a destination now, most urgent first; nothing of a held study."""
+    held = sa.exists().where(study.c.uid == delivery.c.study_uid, study.c.hold.is_not(None))
+    urgency = delivery.c.priority + (now - delivery.c.created_at) / AGEING_SECONDS
+    rows = (
+        tx.execute(
+            sa.select(delivery, output.c.sop_class_uid, output.c.transfer_syntax_uid, output.c.file, output.c.sha256)
+            .join(output, output.c.sop_uid == delivery.c.sop_uid)
+            .where(
+                delivery.c.destination == to,
+                delivery.c.state == DeliveryState.PENDING,
+                delivery.c.next_at <= now,
+                ~held,
+            )
+            .order_by(urgency.desc(), delivery.c.id)
+            .limit(limit)
+        )
+        .mappings()
+        .all()
+    )
+    return [
+        Delivery(
+            r["id"],
+            r["destination"],
+            r["sop_uid"],
+            r["study_uid"],
+            r["sop_class_uid"],
+            r["transfer_syntax_uid"],
+            r["file"],
+            r["sha256"],
+            r["attempts"],
+            r["created_at"],
+            r["priority"],
+        )
+        for r in rows
+    ]
+
+
+def next_at(tx: sa.Connection, to: str) -> float | None:
+    """When the next object for a destination falls due."""
+    value: float | None = tx.execute(
+        sa.select(sa.func.min(delivery.c.next_at)).where(
+            delivery.c.destination == to, delivery.c.state == DeliveryState.PENDING
+        )
+    ).scalar()
+    return value
+
+
+def delivered(tx: sa.Connection, sent: Delivery, status: int, now: float, note: str = "") -> None:
+    """The destination has it."""
+    tx.execute(
+        delivery.update()
+        .where(delivery.c.id == sent.id)
+        .values(state=DeliveryState.DELIVERED, status=status, reason=note, attempts=sent.attempts + 1, done_at=now)
+    )
+    add_event(
+        tx,
+        now,
+        sent.study_uid,
+        "DELIVERED",
+        f"{sent.sop_uid} to {sent.destination}: 0x{status:04X}" + (f" ({note})" if note else ""),
+    )
+
+
+def again(tx: sa.Connection, sent: Delivery, status: int | None, reason: str, at: float) -> None:
+    """Not delivered; will be tried again at `at`."""
+    tx.execute(
+        delivery.update()
+        .where(delivery.c.id == sent.id)
+        .values(status=status, reason=reason, attempts=sent.attempts + 1, next_at=at)
+    )
+
+
+def dead(tx: sa.Connection, sent: Delivery, status: int | None, reason: str, now: float) -> None:
+    """Not delivered and not tried again by itself."""
+    tx.execute(
+        delivery.update()
+        .where(delivery.c.id == sent.id)
+        .values(state=DeliveryState.DEAD, status=status, reason=reason, attempts=sent.attempts + 1, done_at=now)
+    )
+    add_event(tx, now, sent.study_uid, "DELIVERY_DEAD", f"{sent.sop_uid} to {sent.destination}: {reason}")
+
+
+def pause(tx: sa.Connection, to: str, reason: str, now: float, probe_at: float) -> None:
+    """Stop sending to a destination; its objects stay pending and one probe goes out at `probe_at`."""
+    row = tx.execute(sa.select(destination.c.paused_since).where(destination.c.name == to)).first()
+    if row is None:
+        tx.execute(destination.insert().values(name=to, paused_since=now, reason=reason, probe_at=probe_at))
+    else:
+        tx.execute(
+            destination.update()
+            .where(destination.c.name == to)
+            .values(
+                paused_since=row.paused_since if row.paused_since is not None else now, reason=reason, probe_at=probe_at
+            )
+        )
+    if row is None or row.paused_since is None:
+        add_event(tx, now, None, "DESTINATION_PAUSED", f"{to}: {reason}")
+
+
+def resume(tx: sa.Connection, to: str, now: float) -> None:
+    """The destination took an object or answered an echo: everything pending flows again, at once."""
+    done = tx.execute(
+        destination.update()
+        .where(destination.c.name == to, destination.c.paused_since.is_not(None))
+        .values(paused_since=None, reason="")
+    )
+    if done.rowcount:
+        tx.execute(
+            delivery.update()
+            .where(delivery.c.destination == to, delivery.c.state == DeliveryState.PENDING)
+            .values(next_at=now)
+        )
+        add_event(tx, now, None, "DESTINATION_RESUMED", to)
+
+
+def paused(tx: sa.Connection, to: str) -> Pause | None:
+    """Whether and why a destination is paused."""
+    row = tx.execute(
+        sa.select(destination).where(destination.c.name == to, destination.c.paused_since.is_not(None))
+    ).first()
+    return None if row is None else Pause(row.paused_since, row.reason, row.probe_at)
+
+
+def retry(tx: sa.Connection, study_uid: str, now: float) -> int:
+    """An operator's second chance for DEAD deliveries of a study; pending ones go at once."""
+    revived = tx.execute(
+        delivery.update()
+        .where(delivery.c.study_uid == study_uid, delivery.c.state == DeliveryState.DEAD)
+        .values(state=DeliveryState.PENDING, attempts=0, created_at=now, next_at=now, done_at=None)
+    )
+    tx.execute(
+        delivery.update()
+        .where(delivery.c.study_uid == study_uid, delivery.c.state == DeliveryState.PENDING)
+        .values(next_at=now)
+    )
+    return int(revived.rowcount)
+
+
+def backlog(tx: sa.Connection) -> dict[str, tuple[int, float]]:
+    """Per destination: how many objects are pending, and when the oldest was made."""
+    rows = tx.execute(
+        sa.select(delivery.c.destination, sa.func.count(), sa.func.min(delivery.c.created_at))
+        .where(delivery.c.state == DeliveryState.PENDING)
+        .group_by(delivery.c.destination)
+    ).all()
+    return {name: (count, oldest) for name, count, oldest in rows}
+
+
+def sr_of_earlier_revisions(tx: sa.Connection, study_uid: str, route: str, revision: int) -> list[tuple[str, str, str]]:
+    """(SOP Class UID, SOP Instance UID, variant) of this route's SRs of earlier revisions: the predecessors."""
+    rows = tx.execute(
+        sa.select(output.c.sop_class_uid, output.c.sop_uid, output.c.variant)
+        .where(
+            output.c.study_uid == study_uid,
+            output.c.route == route,
+            output.c.kind == "sr",
+            output.c.revision < revision,
+        )
+        .order_by(output.c.revision, output.c.sop_uid)
+    ).all()
+    return [(a, b, c) for a, b, c in rows]
