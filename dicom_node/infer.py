@@ -1,0 +1,189 @@
+"""Infer: hands a routed study to the engine worker and records the answer. Bookkeeping only: no pixels, no numpy.
+
+A refusal is an answer (DONE/REFUSED); a crash, a hang or an out-of-memory of the worker is a fault and costs one attempt.
+The demonstration rule is applied here, where no route and no engine can get round it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import sqlalchemy as sa
+
+from dicom_node.config import Config, Destination, Route
+from dicom_node.errors import WorkerError
+from dicom_node.log import Log
+from dicom_node.metrics import Recorder
+from dicom_node.result import Refusal, RefusalCode, Result, result_from_json
+from dicom_node.store import jobs, studies
+from dicom_node.store.jobs import Ending, Job
+from dicom_node.store.ledger import Ledger, add_event
+from dicom_node.store.schema import JobState, Outcome, Stage
+from dicom_node.study import Study
+
+
+class Reply(Protocol):
+    """What came back from the worker for one job."""
+
+    outcome: str
+    """RESULT | REFUSED | UNCHANGED | FAULT."""
+    result: Mapping[str, Any] | None
+    refusal: Mapping[str, Any] | None
+    package: Mapping[str, Any]
+    error: str
+    input_digest: str
+
+
+Predict = Callable[[Job, Route, Study, str | None], Reply]
+"""Run one job in a worker. Raises WorkerError on crash, hang, out-of-memory."""
+
+
+class InferStage:
+    """One instance a worker."""
+
+    def __init__(
+        self,
+        config: Config,
+        ledger: Ledger,
+        path_of: Callable[[str], Path],
+        predict: Predict,
+        log: Log,
+        recorder: Recorder,
+    ) -> None:
+        self._routes = {route.name: route for route in config.routes}
+        self._destinations = config.deliver.destinations
+        self._config, self._ledger, self._path_of, self._predict = config.infer, ledger, path_of, predict
+        self._log, self._recorder = log, recorder
+
+    def run_once(self) -> bool:
+        """One job. True = there was one."""
+        lease = self._config.timeout_seconds + 60
+        with self._ledger.write() as tx:
+            job = jobs.claim(tx, Stage.INFER, self._ledger.clock(), lease)
+            if job is None:
+                return False
+            study = studies.load_study(tx, job.study_uid, job.revision, self._path_of)
+            previous = jobs.last_answer(tx, job.study_uid, job.route, job.revision)
+        route = self._routes.get(job.route)
+        if route is None:
+            self._end(job, Ending(Outcome.REFUSED, RefusalCode.NO_ROUTE, "this route is no longer in config.yaml"))
+            return True
+        started = time.monotonic()
+        try:
+            reply = self._predict(job, route, study, previous)
+        except WorkerError as e:
+            self._fault(job, str(e))
+            return True
+        self._recorder.observe("dicom_node_job_seconds", time.monotonic() - started, stage="infer")
+        self._record(job, route, reply)
+        return True
+
+    def _record(self, job: Job, route: Route, reply: Reply) -> None:
+        about = {
+            "engine": route.engine,
+            "package": str(reply.package.get("version", "")),
+            "digest": str(reply.package.get("digest", "")),
+            "input_digest": reply.input_digest,
+        }
+        if reply.outcome == "FAULT":
+            self._fault(job, reply.error)
+        elif reply.outcome == "UNCHANGED":
+            text = "the selected input is that of an earlier revision: its result stands"
+            self._end(job, Ending(Outcome.RESULT, "UNCHANGED", text, **about))
+        elif reply.outcome == "REFUSED" and reply.refusal is not None:
+            refusal = Refusal(RefusalCode(reply.refusal["code"]), str(reply.refusal.get("detail", "")))
+            self._refuse(job, route, refusal, about)
+        elif reply.result is not None:
+            self._result(job, route, result_from_json(dict(reply.result)), about)
+        else:
+            self._fault(job, f"the worker answered {reply.outcome} without a body")
+
+    def _refuse(self, job: Job, route: Route, refusal: Refusal, about: dict[str, str]) -> None:
+        report = None
+        if route.not_assessable == "sr" and route.mode == "live":
+            report = {
+                "refusal": {"code": str(refusal.code), "detail": refusal.detail},
+                "destinations": list(route.deliver),
+            }
+        self._end(job, Ending(Outcome.REFUSED, refusal.code, refusal.detail, **about), report=report)
+
+    def _result(self, job: Job, route: Route, result: Result, about: dict[str, str]) -> None:
+        output = result.to_json()
+        for finding in result.findings:
+            for score in finding.scores:
+                self._recorder.observe("dicom_node_probability", score.probability, route=route.name)
+        if route.mode == "shadow":
+            self._end(
+                job, Ending(Outcome.SHADOW, "ROUTE_SHADOW", "this route runs in shadow mode", output=output, **about)
+            )
+            return
+        allowed = _may_receive(result, {n: self._destinations[n] for n in route.deliver})
+        withheld = sorted(set(route.deliver) - set(allowed))
+        if withheld:
+            self._recorder.inc("dicom_node_demonstration_withheld_total", len(withheld), route=route.name)
+        if withheld and not allowed:
+            text = f"weights for demonstration only; {', '.join(withheld)} is neither loopback nor has accept_demonstration: true"
+            ending = Ending(Outcome.SHADOW, "DEMONSTRATION_PACKAGE", text, output=output, **about)
+            self._end(job, ending)
+            return
+        report = {"result": output, "destinations": allowed}
+        detail = f"withheld from {', '.join(withheld)} (demonstration package)" if withheld else ""
+        self._end(job, Ending(Outcome.RESULT, detail=detail, output=output, **about), report=report)
+
+    def _end(self, job: Job, ending: Ending, *, report: dict[str, Any] | None = None) -> None:
+        now = self._ledger.clock()
+        with self._ledger.write() as tx:
+            if not jobs.finish(tx, job, ending, now):
+                return  # a newer revision fenced this run out
+            self._tell(tx, job, ending, now)
+            if report is not None:
+                jobs.put(
+                    tx,
+                    study_uid=job.study_uid,
+                    revision=job.revision,
+                    stage=Stage.REPORT,
+                    route=job.route,
+                    priority=job.priority,
+                    now=now,
+                    payload=report | {"created_at": now, "engine": ending.engine},
+                )
+        self._recorder.inc("dicom_node_jobs_total", stage="infer", outcome=str(ending.outcome), route=job.route)
+        if ending.outcome is Outcome.REFUSED:
+            self._recorder.inc("dicom_node_refusals_total", route=job.route, code=ending.code)
+        self._log.info(
+            "inferred",
+            study=self._log.uid(job.study_uid),
+            job=job.id,
+            route=job.route,
+            outcome=ending.outcome,
+            code=ending.code,
+        )
+
+    def _tell(self, tx: sa.Connection, job: Job, ending: Ending, now: float) -> None:
+        said = f"{job.route}: {ending.outcome}" + (f"({ending.code})" if ending.code else "")
+        add_event(tx, now, job.study_uid, "INFERRED", said + (f": {ending.detail}" if ending.detail else ""))
+
+    def _fault(self, job: Job, text: str) -> None:
+        with self._ledger.write() as tx:
+            state = jobs.fail(
+                tx,
+                job,
+                text,
+                self._ledger.clock(),
+                max_attempts=self._config.max_attempts,
+                retry_seconds=2.0**job.attempts,
+            )
+        self._recorder.inc("dicom_node_job_failures_total", stage="infer")
+        self._log.warning("infer_failed", study=self._log.uid(job.study_uid), job=job.id, state=state, error=text)
+        if state is JobState.DEAD:
+            self._recorder.inc("dicom_node_jobs_total", stage="infer", outcome="DEAD", route=job.route)
+
+
+def _may_receive(result: Result, destinations: Mapping[str, Destination]) -> list[str]:
+    """Demonstration results leave the machine only where the operator has agreed in writing."""
+    if result.provenance.intended_use != "demonstration":
+        return list(destinations)
+    return [name for name, destination in destinations.items() if destination.takes_demonstration]
