@@ -1,8 +1,8 @@
 """Assemble: decides when a study is complete. DICOM does not say (no message ends a study), so a timer does.
 
 A study is complete when nothing new came for `quiet_seconds` and no association that delivered to it is still open,
-at the latest `force_after_seconds` after the first instance. The timer is a row, so a restart resumes it. Stands between
-the index (store/index.py) and route; writes nothing but timers and route jobs.
+at the latest `force_after_seconds` after the first instance. The timer is a row, so a restart resumes it. Stands
+between the index (store/index.py) and route; writes nothing but timers and route jobs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Infer: hands a routed study to the engine worker and records the answer. Bookkeeping only: no pixels, no numpy.
 
-A refusal is an answer (DONE/REFUSED); a crash, a hang or an out-of-memory of the worker is a fault and costs one attempt.
-The demonstration rule is applied here, where no route and no engine can get round it.
+A refusal is an answer (DONE/REFUSED); a crash, a hang or an out-of-memory of the worker is a fault and costs one
+attempt. The demonstration rule is applied here, where no route and no engine can get round it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class InferStage:
         if withheld:
             self._recorder.inc("dicom_node_demonstration_withheld_total", len(withheld), route=route.name)
         if withheld and not allowed:
-            text = f"weights for demonstration only; {', '.join(withheld)} is neither loopback nor has accept_demonstration: true"
+            names = ", ".join(withheld)
+            text = f"weights for demonstration only; {names} is neither loopback nor has accept_demonstration: true"
             ending = Ending(Outcome.SHADOW, "DEMONSTRATION_PACKAGE", text, output=output, **about)
             self._end(job, ending)
             return

@@ -306,3 +306,8 @@ def spool_files(result: Any) -> Iterable[str]:
     elif isinstance(result, list):
         for value in result:
             yield from spool_files(value)
+
+
+def known_ids_among(tx: sa.Connection, ids: list[str]) -> set[str]:
+    """Which of these files are indexed already."""
+    return set(tx.execute(sa.select(instance.c.id).where(instance.c.id.in_(ids))).scalars())

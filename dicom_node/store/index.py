@@ -1,0 +1,121 @@
+"""Index: takes the durable files of `incoming/` into the ledger. The file is the truth, the ledger its index.
+
+One transaction for a batch, then the files move to `objects/`. A crash at any point leaves a file that the next sweep
+finds: an id the ledger knows is only moved. Runs in the stages process, the ledger's only writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dicom_node.errors import CannotUnderstandError
+from dicom_node.log import Log
+from dicom_node.metrics import Recorder
+from dicom_node.store import studies
+from dicom_node.store.files import Files
+from dicom_node.store.ledger import Ledger, add_event
+from dicom_node.store.studies import Timing
+from dicom_node.study import Instance, is_own_output
+
+BATCH = 64
+PRIORITY_STAT = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What start-up found."""
+
+    adopted: int
+    missing: int
+
+
+class IndexStage:
+    """`run_once` indexes at most one batch; `adopt` compares files and rows at start."""
+
+    def __init__(
+        self, ledger: Ledger, files: Files, timing: Timing, priority_ae: Iterable[str], log: Log, recorder: Recorder
+    ) -> None:
+        self._ledger, self._files, self._timing = ledger, files, timing
+        self._priority_ae = frozenset(priority_ae)
+        self._log, self._recorder = log, recorder
+
+    def run_once(self) -> bool:
+        """Index up to `BATCH` waiting files. True = there was one."""
+        waiting = self._files.list_incoming()
+        self._recorder.set("dicom_node_incoming_files", len(waiting))
+        if not waiting:
+            return False
+        self._index(waiting[:BATCH], after=self._file_away)
+        return True
+
+    def adopt(self) -> Sweep:
+        """Files without a row are indexed where they lie; rows without a file are an alarm."""
+        with self._ledger.read() as tx:
+            known = studies.known_ids(tx)
+        present = {path.stem: path for path in self._files.list_objects()}
+        orphans = [path for instance_id, path in present.items() if instance_id not in known]
+        for start in range(0, len(orphans), BATCH):
+            self._index(orphans[start : start + BATCH], after=self._stay)
+        missing = known - present.keys() - {path.stem for path in self._files.list_incoming()}
+        if missing:
+            with self._ledger.write() as tx:
+                text = f"{len(missing)} indexed files are gone from the disk, the first is {min(missing)}"
+                add_event(tx, self._ledger.clock(), None, "FILES_MISSING", text)
+            self._log.error("files_missing", count=len(missing))
+        return Sweep(len(orphans), len(missing))
+
+    def _index(self, paths: list[Path], after: Callable[[str, str], None]) -> None:
+        with self._ledger.read() as tx:
+            known = studies.known_ids_among(tx, [path.stem for path in paths])
+        parsed = [(path, self._parse(path)) for path in paths if path.stem not in known]
+        happened: list[tuple[str, str]] = [(path.stem, "known") for path in paths if path.stem in known]
+        now = self._ledger.clock()
+        with self._ledger.write() as tx:
+            for path, instance in parsed:
+                if instance is None:
+                    text = f"file {path.stem} does not parse; moved to quarantine"
+                    add_event(tx, now, None, "QUARANTINED", text)
+                    continue
+                own = is_own_output(instance.header) or studies.is_our_object(tx, instance.sop_instance_uid)
+                priority = PRIORITY_STAT if instance.calling_ae_title in self._priority_ae else 0
+                what = studies.add_instance(tx, instance, own=own, priority=priority, timing=self._timing, now=now)
+                happened.append((path.stem, what))
+        for instance_id, what in happened:
+            after(instance_id, what)
+        for path, instance in parsed:
+            if instance is None:
+                self._files.quarantine(path, "the index cannot parse it")
+                self._recorder.inc("dicom_node_quarantined_total")
+            else:
+                self._recorder.observe("dicom_node_index_lag_seconds", max(0.0, now - instance.received_at))
+
+    def _parse(self, path: Path) -> Instance | None:
+        try:
+            meta = self._files.read_meta(path)
+            header = self._files.read_header(path)
+        except CannotUnderstandError:
+            return None
+        return Instance(
+            instance_id=path.stem,
+            header=header,
+            transfer_syntax_uid=meta.transfer_syntax_uid,
+            digest=self._files.dataset_digest(path),
+            path=path,
+            calling_ae_title=meta.calling_ae_title,
+            called_ae_title=meta.called_ae_title,
+            peer=meta.peer,
+            association_id=meta.association_id,
+            received_at=meta.received_at,
+        )
+
+    def _file_away(self, instance_id: str, what: str) -> None:
+        if what == "duplicate":
+            self._files.remove_incoming(instance_id)
+        else:
+            self._files.move_to_objects(instance_id)
+
+    def _stay(self, instance_id: str, what: str) -> None:
+        if what == "duplicate":
+            self._files.remove_object(instance_id)

@@ -1,0 +1,150 @@
+"""What the operator asks: `explain`, `status`. Read-only queries; the shapes are public (docs/schemas)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import sqlalchemy as sa
+
+from dicom_node.store.schema import (
+    DeliveryState,
+    JobState,
+    Stage,
+    StudyState,
+    delivery,
+    destination,
+    event,
+    instance,
+    job,
+    study,
+)
+
+
+def _state_expression() -> sa.Case[str]:
+    def any_job(*states: JobState) -> sa.Exists:
+        return sa.exists().where(job.c.study_uid == study.c.uid, job.c.state.in_(states))
+
+    def any_delivery(state: DeliveryState) -> sa.Exists:
+        return sa.exists().where(delivery.c.study_uid == study.c.uid, delivery.c.state == state)
+
+    return sa.case(
+        (study.c.hold.is_not(None), StudyState.HELD),
+        (sa.or_(any_job(JobState.DEAD), any_delivery(DeliveryState.DEAD)), StudyState.DEAD),
+        (study.c.due_at.is_not(None), StudyState.RECEIVING),
+        (any_job(JobState.READY, JobState.RUNNING), StudyState.PROCESSING),
+        (any_delivery(DeliveryState.PENDING), StudyState.DELIVERING),
+        (study.c.revision == 0, StudyState.IGNORED),
+        else_=StudyState.DONE,
+    )
+
+
+def states(tx: sa.Connection) -> dict[str, int]:
+    """How many studies stand in each state."""
+    state = _state_expression().label("state")
+    rows = tx.execute(sa.select(state, sa.func.count()).select_from(study).group_by(state)).all()
+    return {str(name): 0 for name in StudyState} | {str(name): count for name, count in rows}
+
+
+def status(tx: sa.Connection, destinations: list[str], now: float) -> dict[str, Any]:
+    """`dicom-node status --json`."""
+    rows = tx.execute(
+        sa.select(
+            delivery.c.destination, delivery.c.state, sa.func.count(), sa.func.min(delivery.c.created_at)
+        ).group_by(delivery.c.destination, delivery.c.state)
+    ).all()
+    paused = {r.name: r for r in tx.execute(sa.select(destination).where(destination.c.paused_since.is_not(None)))}
+    oldest = min((r[3] for r in rows if r[1] == DeliveryState.PENDING), default=None)
+    return {
+        "states": states(tx),
+        "oldest_undelivered_seconds": None if oldest is None else round(now - oldest, 1),
+        "destinations": [
+            {
+                "name": name,
+                "paused": name in paused,
+                "reason": paused[name].reason if name in paused else "",
+                **{s.lower(): next((r[2] for r in rows if r[0] == name and r[1] == s), 0) for s in DeliveryState},
+            }
+            for name in sorted({*destinations, *(r[0] for r in rows)})
+        ],
+    }
+
+
+def explain(tx: sa.Connection, study_uid: str) -> dict[str, Any] | None:
+    """`dicom-node explain STUDY_UID --json`; None = no such study."""
+    row = (
+        tx.execute(sa.select(study, _state_expression().label("state")).where(study.c.uid == study_uid))
+        .mappings()
+        .first()
+    )
+    if row is None:
+        return None
+    count = sa.select(sa.func.count()).where(instance.c.study_uid == study_uid, instance.c.current, ~instance.c.own)
+    return {
+        "study": study_uid,
+        "state": str(row["state"]),
+        "hold": row["hold"],
+        "revision": row["revision"],
+        "instances": tx.execute(count).scalar_one(),
+        "outcomes": _outcomes(tx, study_uid),
+        "deliveries": _deliveries(tx, study_uid),
+        "events": [
+            {"at": r.at, "code": r.code, "text": r.text}
+            for r in tx.execute(sa.select(event).where(event.c.study_uid == study_uid).order_by(event.c.id))
+        ],
+        "evidence": _evidence(tx, study_uid, row["revision"]),
+    }
+
+
+def _outcomes(tx: sa.Connection, study_uid: str) -> list[dict[str, Any]]:
+    """One row for each answer: what each route concluded, and UNROUTED where none took the study."""
+    rows = tx.execute(
+        sa.select(job)
+        .where(job.c.study_uid == study_uid, sa.or_(job.c.stage == Stage.INFER, job.c.outcome == "UNROUTED", _stuck()))
+        .order_by(job.c.revision, job.c.id)
+    ).mappings()
+    return [
+        {
+            "route": r["route"] or None,
+            "revision": r["revision"],
+            "stage": r["stage"],
+            "state": r["state"],
+            "outcome": r["outcome"],
+            "code": r["code"],
+            "detail": r["detail"],
+            "engine": r["engine"] or None,
+            "package": r["package"] or None,
+            "digest": r["digest"] or None,
+        }
+        for r in rows
+    ]
+
+
+def _stuck() -> sa.ColumnElement[bool]:
+    return job.c.state == JobState.DEAD
+
+
+def _deliveries(tx: sa.Connection, study_uid: str) -> list[dict[str, Any]]:
+    rows = tx.execute(sa.select(delivery).where(delivery.c.study_uid == study_uid).order_by(delivery.c.id)).mappings()
+    return [
+        {
+            "destination": r["destination"],
+            "sop_instance_uid": r["sop_uid"],
+            "state": r["state"],
+            "status": None if r["status"] is None else f"0x{r['status']:04X}",
+            "attempts": r["attempts"],
+            "reason": r["reason"],
+        }
+        for r in rows
+    ]
+
+
+def _evidence(tx: sa.Connection, study_uid: str, revision: int) -> list[dict[str, Any]]:
+    """Rule by rule, as the route stage saw it at the newest revision."""
+    text = tx.execute(
+        sa.select(job.c.output).where(
+            job.c.study_uid == study_uid, job.c.revision == revision, job.c.stage == Stage.ROUTE
+        )
+    ).scalar()
+    verdicts: list[dict[str, Any]] = json.loads(text or "{}").get("verdicts", [])
+    return verdicts
