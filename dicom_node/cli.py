@@ -1,0 +1,144 @@
+"""The command line: parses, calls, prints; no logic. Exit codes: 0 ok; 1 the thing asked about is not well; 2 usage;
+4 unknown study, destination or engine; 75 root in use; 78 configuration."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dicom_node import __version__
+from dicom_node.errors import ConfigError, NodeError, RootInUseError, UnknownTargetError
+
+EX_TEMPFAIL, EX_CONFIG = 75, 78
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--config", type=Path, default=Path("config.yaml"), metavar="PATH", help="default: ./config.yaml"
+    )
+    printing = argparse.ArgumentParser(add_help=False)
+    printing.add_argument("--json", action="store_true", help="print JSON (docs/schemas)")
+
+    parser = argparse.ArgumentParser(prog="dicom-node", description="Inference node for a PACS.")
+    parser.add_argument("--version", action="version", version=f"dicom-node {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", parents=[common], help="run the node")
+    run.add_argument("--only", choices=["listen", "work"], help="one half, so that systemd can supervise the two apart")
+    run.add_argument("--link-fd", type=int, help=argparse.SUPPRESS)
+
+    demo = commands.add_parser("demo", help="run the whole line once on this machine and show what comes out")
+    demo.add_argument("--keep", type=Path, metavar="DIR", help="keep everything that was sent and received here")
+
+    infer = commands.add_parser("infer", parents=[common, printing], help="the same line over files, without a network")
+    infer.add_argument("folder", type=Path)
+    infer.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the SRs and captures go")
+
+    commands.add_parser("check", parents=[common, printing], help="is this configuration usable on this machine?")
+    commands.add_parser(
+        "status", parents=[common, printing], help="what waits, what is stuck, which destination is paused"
+    )
+
+    explain = commands.add_parser("explain", parents=[common, printing], help="what happened to a study and why")
+    explain.add_argument("study", nargs="?", metavar="STUDY_UID")
+    explain.add_argument("--file", nargs="+", type=Path, metavar="PATH", help="how the routes would judge these files")
+
+    retry = commands.add_parser(
+        "retry", parents=[common], help="give DEAD jobs and deliveries of a study a second chance"
+    )
+    retry.add_argument("study", metavar="STUDY_UID")
+    complete = commands.add_parser("complete", parents=[common], help="declare a study complete as it is, now")
+    complete.add_argument("study", metavar="STUDY_UID")
+    complete.add_argument(
+        "--accept-conflict", action="store_true", help="the instances are of one patient, whatever they say"
+    )
+
+    echo = commands.add_parser("echo", parents=[common, printing], help="C-ECHO a destination")
+    echo.add_argument("destination", metavar="DEST")
+
+    engines = commands.add_parser("engines", help="tasks and model packages")
+    actions = engines.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", parents=[common, printing], help="what is installed, and whether it is accepted here")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `dicom-node`."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(_dispatch(args))
+    except ConfigError as e:
+        return _complain(e, EX_CONFIG)
+    except RootInUseError as e:
+        return _complain(e, EX_TEMPFAIL)
+    except UnknownTargetError as e:
+        return _complain(e, 4)
+    except NodeError as e:
+        return _complain(e, 1)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away; nothing is wrong
+        return 0
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"dicom-node: {error}", file=sys.stderr)
+    return code
+
+
+def _dispatch(args: argparse.Namespace) -> int:
+    # Imported per command: `dicom-node status` need not load what `run` needs.
+    if args.command == "demo":
+        from dicom_node.demo import demo
+
+        return demo(args.keep)
+    from dicom_node import config as configuration
+
+    if args.command == "explain" and bool(args.study) == bool(args.file):
+        print("dicom-node explain: either STUDY_UID or --file PATH…", file=sys.stderr)
+        return 2
+    config = configuration.load(args.config)
+    if args.command == "run":
+        if args.only == "listen":
+            from dicom_node.service.listening import run_listener
+
+            return run_listener(config, args.link_fd)
+        from dicom_node.service import node
+
+        return node.run(config, args.config, only=args.only)
+    return _operate(args, config)
+
+
+def _operate(args: argparse.Namespace, config: Any) -> int:
+    from dicom_node.service import operate
+
+    if args.command == "infer":
+        answer, code = operate.infer_folder(config, args.folder, args.out)
+        return _show(args, answer, operate.infer_text, code)
+    if args.command == "check":
+        answer, code = operate.check(config)
+        return _show(args, answer, operate.check_text, code)
+    if args.command == "status":
+        return _show(args, operate.status(config), operate.status_text)
+    if args.command == "explain" and args.file:
+        return _show(args, operate.explain_files(config, args.file), operate.explain_files_text)
+    if args.command == "explain":
+        return _show(args, operate.explain(config, args.study), operate.explain_text)
+    if args.command in ("retry", "complete"):
+        accept = bool(getattr(args, "accept_conflict", False))
+        print(operate.command(config, args.command, args.study, accept_conflict=accept))
+        return 0
+    if args.command == "echo":
+        answer, code = operate.echo(config, args.destination)
+        return _show(args, answer, operate.echo_text, code)
+    return _show(args, operate.engines_list(config), operate.engines_text)
+
+
+def _show(args: argparse.Namespace, answer: Any, text: Any, code: int = 0) -> int:
+    print(json.dumps(answer, indent=2, ensure_ascii=False) if args.json else text(answer))
+    return code
