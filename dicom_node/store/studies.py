@@ -188,9 +188,9 @@ def due_studies(tx: sa.Connection, now: float, limit: int = 100) -> list[DueStud
     for row in rows:
         associations = (
             tx.execute(
-                sa.select(sa.distinct(instance.c.association)).where(
-                    instance.c.study_uid == row["uid"], instance.c.received_at >= row["armed_at"]
-                )
+                sa.select(instance.c.association)
+                .distinct()
+                .where(instance.c.study_uid == row["uid"], instance.c.received_at >= row["armed_at"])
             )
             .scalars()
             .all()

@@ -1,0 +1,235 @@
+"""The composition root: the only file that knows all stages. Processes, threads, ordered stop.
+
+listener (child)      files only; its own interpreter, so inference never holds it up
+stages (this process) index, assemble, route, infer's bookkeeping, report, deliver, retention; only writer of the ledger
+worker (child)        one a device; decodes pixels and runs engines; its death costs one attempt
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from dicom_node import assemble
+from dicom_node.assemble import AssembleStage
+from dicom_node.config import Config, Route
+from dicom_node.deliver import DeliverStage
+from dicom_node.infer import InferStage, Reply
+from dicom_node.log import Log, make_log
+from dicom_node.metrics import Health, Metrics, serve
+from dicom_node.report.stage import ReportStage
+from dicom_node.route.stage import RouteStage
+from dicom_node.service import upkeep
+from dicom_node.service.control import ControlServer, Message
+from dicom_node.service.listening import ListenerProcess, ListenerView
+from dicom_node.service.loops import StageLoop
+from dicom_node.service.notify import notify
+from dicom_node.service.operate import apply_command
+from dicom_node.store import jobs
+from dicom_node.store.files import Files, lock_root
+from dicom_node.store.index import IndexStage
+from dicom_node.store.jobs import Job
+from dicom_node.store.ledger import Ledger, add_event
+from dicom_node.study import Study
+from dicom_node.worker import WorkerClient
+
+ASSEMBLE_GRACE = 3.0
+"""Seconds after start in which a listener may still tell which associations are open."""
+BEAT_LIMIT = 60.0
+CRITICAL = ("index", "assemble", "route", "report", "upkeep")
+"""Loops whose silence means the node is not alive. Not infer: a hung engine must not restart the receiver."""
+
+
+def run(config: Config, config_path: Path, *, only: str | None) -> int:
+    """`dicom-node run` and `run --only work`. Returns when told to stop."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    node = Node(config, config_path, with_listener=only is None)
+    node.start()
+    try:
+        if only is None:
+            while not node.view.listening.wait(0.2) and not stop.is_set():
+                pass
+            if node.view.address is not None:
+                host, port = node.view.address
+                print(f"listening {config.receive.ae_title}@{host}:{port}", flush=True)  # noqa: T201  the interface
+        notify("READY=1")
+        while not stop.wait(5.0):
+            node.watch()
+    finally:
+        notify("STOPPING=1")
+        node.stop()
+    return 0
+
+
+class Node:
+    """Everything between the listener's files and the destinations."""
+
+    def __init__(self, config: Config, config_path: Path, *, with_listener: bool) -> None:
+        self._config = config
+        root = config.store.root
+        self._files = Files(root)
+        self._lock = lock_root(root, "work")
+        self.metrics = Metrics()
+        self.log = make_log(config.log, root).bind(process="stages")
+        self.view = ListenerView(self._stored, self.metrics.merge, self._listener_event)
+        self._listener = ListenerProcess(config_path, self.view, self.log) if with_listener else None
+        if self._listener is not None:
+            self._listener.start()  # first: it loads its libraries while this process loads its own
+        self._started = time.monotonic()
+        self.ledger = Ledger(root, config.store.ledger)
+        self._workers = self._make_workers()
+        self._stages: list[Any] = []
+        self._loops = self._make_loops()
+        self._by_name = {loop.name: loop for loop in self._loops}
+        self._control = ControlServer(root / "run", self._answer, self.view.take)
+        self._server: Any = None
+        self.ledger.on_commit = self._wake_all
+
+    # -- composition
+
+    def _make_workers(self) -> list[WorkerClient]:
+        section = self._config.infer
+        tasks = tuple(sorted({route.engine for route in self._config.routes}))
+        return [
+            WorkerClient(self._config, tasks, self.log.bind(worker=n), self.metrics)
+            for n in range(section.workers_per_device)
+        ]
+
+    def _make_loops(self) -> list[StageLoop]:
+        config, ledger, log, metrics = self._config, self.ledger, self.log, self.metrics
+        timing = assemble.timing(config)
+        self._index = IndexStage(ledger, self._files, timing, config.receive.priority_ae, log, metrics)
+        self._assembling = AssembleStage(ledger, timing, lambda: self.view.open_associations, log, metrics)
+        routing = RouteStage(config, ledger, self._files.object_path, log, metrics)
+        reporting = ReportStage(config, ledger, self._files, log, metrics)
+        upkeeping = upkeep.Upkeep(config, ledger, self._files, log, metrics)
+        loops = [
+            StageLoop("index", self._index.run_once, log, metrics, idle_seconds=0.5),
+            StageLoop("assemble", self._assemble_once, log, metrics, seconds_to_next=self._assembling.seconds_to_next),
+            StageLoop("route", routing.run_once, log, metrics),
+            StageLoop("report", reporting.run_once, log, metrics),
+            StageLoop("upkeep", upkeeping.run_once, log, metrics, idle_seconds=upkeep.PERIOD),
+        ]
+        for number, worker in enumerate(self._workers):
+            stage = InferStage(config, ledger, self._files.object_path, _predict(worker, config), log, metrics)
+            loops.append(StageLoop(f"infer:{number}", stage.run_once, log, metrics))
+        for name, destination in config.deliver.destinations.items():
+            delivering = DeliverStage(
+                ledger,
+                self._files.outputs,
+                name,
+                destination,
+                config.deliver.retry,
+                config.receive.ae_title,
+                log,
+                metrics,
+            )
+            self._stages.append(delivering)
+            loops.append(
+                StageLoop(
+                    f"deliver:{name}", delivering.run_once, log, metrics, seconds_to_next=delivering.seconds_to_next
+                )
+            )
+        return loops
+
+    # -- life
+
+    def start(self) -> None:
+        """Recover what the last process left, then start everything, the back of the line first."""
+        with self.ledger.write() as tx:
+            recovered = jobs.recover(tx)
+        sweep = self._index.adopt()
+        self.log.info("started", recovered_jobs=recovered, adopted_files=sweep.adopted, missing_files=sweep.missing)
+        for loop in reversed(self._loops):
+            loop.start()
+        for worker in self._workers:
+            threading.Thread(target=worker.ready, name="worker-warm-up", daemon=True).start()
+        self._control.start()
+        section = self._config.metrics
+        self._server = serve(self.metrics, section.host, section.port, self.health)
+
+    def stop(self) -> None:
+        """Front to back: take nothing new, finish what is in hand, close. Order matters; durable state needs no drain."""
+        if self._listener is not None:
+            self._listener.stop()  # first: no new promise is made while we leave
+        self._control.stop()
+        for loop in self._loops:
+            loop.stop()
+        for worker in self._workers:
+            worker.close()  # a job in hand is given up; its lease is taken back at the next start
+        for loop in self._loops:
+            loop.join(5)
+        for stage in self._stages:
+            stage.close()
+        if self._server is not None:
+            self._server.close()
+        self.ledger.checkpoint()
+        self.ledger.close()
+        self._lock.close()
+
+    def watch(self) -> None:
+        """Every few seconds: feed the watchdog only while everything that must live does."""
+        with self.ledger.write() as tx:  # the probe: can we still commit?
+            waiting = tx.execute(sa.text("SELECT count(*) FROM job WHERE state IN ('READY','RUNNING')")).scalar()
+        health = self.health()
+        if health.alive:
+            notify("WATCHDOG=1")
+        notify(f"STATUS={waiting} jobs open")
+
+    def health(self) -> Health:
+        """For /healthz, /readyz and the watchdog."""
+        now = time.monotonic()
+        silent = [loop.name for loop in self._loops if loop.name in CRITICAL and now - loop.beat > BEAT_LIMIT]
+        reasons = [f"the {name} loop is silent" for name in silent]
+        listening = self._listener is None or self.view.listening.is_set()
+        starting = [] if listening else ["the listener is not listening"]
+        engines = [
+            f"engine {task}: {info['error']}"
+            for worker in self._workers[:1]
+            for task, info in sorted(worker.engines().items())
+            if info.get("error")
+        ]
+        loading = [] if all(worker.is_ready for worker in self._workers) else ["engines are loading"]
+        return Health(
+            alive=not reasons,
+            ready=not (reasons or starting or loading),
+            reasons=(*reasons, *starting, *loading, *engines),
+        )
+
+    # -- messages
+
+    def _assemble_once(self) -> bool:
+        if self.view.heard_at is None and time.monotonic() - self._started < ASSEMBLE_GRACE:
+            return False  # a listener that outlived us has not yet told which associations are open
+        return self._assembling.run_once()
+
+    def _stored(self) -> None:
+        for name in ("index", "assemble"):
+            self._by_name[name].wake()
+
+    def _wake_all(self) -> None:
+        for loop in self._loops:
+            if loop.name not in ("index", "upkeep"):
+                loop.wake()
+
+    def _listener_event(self, message: Message) -> None:
+        with self.ledger.write() as tx:
+            add_event(tx, self.ledger.clock(), None, str(message["code"])[:48], str(message["text"])[:400])
+
+    def _answer(self, message: Message) -> Message:
+        return apply_command(self.ledger, message)
+
+
+def _predict(worker: WorkerClient, config: Config) -> Callable[[Job, Route, Study, str | None], Reply]:
+    def predict(job: Job, route: Route, study: Study, previous: str | None) -> Reply:
+        return worker.run(job, route, study, previous, config.infer.timeout_seconds)
+
+    return predict

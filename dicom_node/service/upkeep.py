@@ -1,0 +1,64 @@
+"""Upkeep: removes what is finished and old, keeps the write-ahead log short, measures what waits."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from dicom_node.config import Config
+from dicom_node.log import Log
+from dicom_node.metrics import Recorder
+from dicom_node.store import deliveries, inspect, jobs, studies
+from dicom_node.store.files import Files
+from dicom_node.store.ledger import Ledger
+from dicom_node.store.schema import event
+
+PERIOD = 15.0
+SECONDS_A_DAY = 86400.0
+EVENTS_KEPT_DAYS = 90.0
+"""Events that belong to no study (rejections, pauses) are kept so long; a study's events stay."""
+
+
+class Upkeep:
+    """`run_once` does a bounded piece of each task."""
+
+    def __init__(self, config: Config, ledger: Ledger, files: Files, log: Log, recorder: Recorder) -> None:
+        self._config, self._ledger, self._files, self._log, self._recorder = config, ledger, files, log, recorder
+
+    def run_once(self) -> bool:
+        """True = there may be more to remove."""
+        self._measure()
+        more = self._expire()
+        self._ledger.checkpoint()
+        return more
+
+    def _measure(self) -> None:
+        now = self._ledger.clock()
+        with self._ledger.read() as tx:
+            open_jobs, backlog, states = jobs.counts(tx), deliveries.backlog(tx), inspect.states(tx)
+        self._recorder.set("dicom_node_disk_free_bytes", self._files.free_bytes())
+        for state, count in states.items():
+            self._recorder.set("dicom_node_studies", count, state=state)
+        for stage in ("route", "infer", "report"):
+            for state in ("READY", "RUNNING", "DEAD"):
+                self._recorder.set("dicom_node_jobs_open", open_jobs.get((stage, state), 0), stage=stage, state=state)
+        for name in self._config.deliver.destinations:
+            count, oldest = backlog.get(name, (0, now))
+            self._recorder.set("dicom_node_deliveries_pending", count, destination=name)
+            self._recorder.set("dicom_node_oldest_undelivered_seconds", max(0.0, now - oldest), destination=name)
+
+    def _expire(self, batch: int = 20) -> bool:
+        """Finished studies older than keep_days. DEAD and pending ones are exempt (studies.expirable)."""
+        now = self._ledger.clock()
+        before = now - self._config.store.keep_days * SECONDS_A_DAY
+        with self._ledger.write() as tx:
+            tx.execute(
+                sa.delete(event).where(event.c.study_uid.is_(None), event.c.at < now - EVENTS_KEPT_DAYS * SECONDS_A_DAY)
+            )
+            found = studies.expirable(tx, before, batch)
+        for uid in found:
+            with self._ledger.write() as tx:
+                ids, outputs, spool = studies.expire(tx, uid, now)
+            self._files.remove_study(ids, outputs, spool)
+            self._recorder.inc("dicom_node_studies_expired_total")
+            self._log.info("study_expired", study=self._log.uid(uid), instances=len(ids))
+        return len(found) == batch
