@@ -1,0 +1,1 @@
+"""Grade of a solid renal mass on contrast-enhanced ultrasound (RepVGG)."""
