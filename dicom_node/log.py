@@ -34,7 +34,7 @@ LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 FORBIDDEN = re.compile(
     r"patient|birth|accession|physician|operators?(name|id)|performer|issuer|phone|institution|department"
-    r"|description|comment|history|medicalrecord|mrn|ssn|personname|^dataset$|pixeldata|elementvalue"
+    r"|description|comment|history|medicalrecord|^mrn$|^ssn$|personname|^dataset$|pixeldata|elementvalue"
 )
 """Searched in the lower-cased name without underscores: attributes of the Patient, Visit and Study modules (PS3.3 C.2,
 C.3, C.7.1, C.7.2) that identify or describe a person."""
@@ -245,7 +245,12 @@ def quiet_libraries(log: Log, loggers: Mapping[str, int] | None = None) -> None:
         library.propagate = False
 
     def show(
-        _message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+        message: Warning | str,  # noqa: ARG001  never shown
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        *_: object,
+        **__: object,
     ) -> None:
         log.debug("library_warning", error=category.__name__, place=f"{Path(filename).name}:{lineno}")
 
