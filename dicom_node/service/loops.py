@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import sqlalchemy as sa
 
-from dicom_node.log import Log
+from dicom_node.log import Log, place_of
 from dicom_node.metrics import Recorder
 
 MAX_PAUSE = 30.0
@@ -69,9 +69,10 @@ class StageLoop(threading.Thread):
         """Say what broke, not whose: type and place, never a foreign exception's message (it may hold PHI)."""
         if isinstance(error, sa.exc.DBAPIError):
             self._recorder.inc("dicom_node_ledger_errors_total")
-        traceback = error.__traceback__
-        place = ""
-        while traceback is not None:
-            place = f"{traceback.tb_frame.f_code.co_name}:{traceback.tb_lineno}"
-            traceback = traceback.tb_next
-        self._log.error("stage_error", stage=self.name, error=type(error).__name__, place=place, retry_seconds=pause)
+        self._log.error(
+            "stage_error",
+            stage=self.name,
+            error=type(error).__name__,
+            place=place_of(error.__traceback__),
+            retry_seconds=pause,
+        )

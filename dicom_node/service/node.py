@@ -157,7 +157,7 @@ class Node:
         self._server = serve(self.metrics, section.host, section.port, self.health)
 
     def stop(self) -> None:
-        """Front to back: take nothing new, finish what is in hand, close. Order matters; durable state needs no drain."""
+        """Front to back: take nothing new, finish what is in hand, close. Durable state needs no drain."""
         if self._listener is not None:
             self._listener.stop()  # first: no new promise is made while we leave
         self._control.stop()

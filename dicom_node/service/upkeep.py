@@ -35,16 +35,21 @@ class Upkeep:
         now = self._ledger.clock()
         with self._ledger.read() as tx:
             open_jobs, backlog, states = jobs.counts(tx), deliveries.backlog(tx), inspect.states(tx)
+            dead, paused = deliveries.dead_counts(tx), deliveries.paused_names(tx)
         self._recorder.set("dicom_node_disk_free_bytes", self._files.free_bytes())
+        self._recorder.set("dicom_node_disk_reserve_bytes", self._config.store.min_free_gb * 1e9)
         for state, count in states.items():
             self._recorder.set("dicom_node_studies", count, state=state)
         for stage in ("route", "infer", "report"):
-            for state in ("READY", "RUNNING", "DEAD"):
-                self._recorder.set("dicom_node_jobs_open", open_jobs.get((stage, state), 0), stage=stage, state=state)
+            waiting = sum(open_jobs.get((stage, state), 0) for state in ("READY", "RUNNING"))
+            self._recorder.set("dicom_node_jobs_waiting", waiting, stage=stage)
+            self._recorder.set("dicom_node_jobs_dead", open_jobs.get((stage, "DEAD"), 0), stage=stage)
         for name in self._config.deliver.destinations:
             count, oldest = backlog.get(name, (0, now))
-            self._recorder.set("dicom_node_deliveries_pending", count, destination=name)
+            self._recorder.set("dicom_node_delivery_queue", count, destination=name)
             self._recorder.set("dicom_node_oldest_undelivered_seconds", max(0.0, now - oldest), destination=name)
+            self._recorder.set("dicom_node_deliveries_dead", dead.get(name, 0), destination=name)
+            self._recorder.set("dicom_node_destination_paused", float(name in paused), destination=name)
 
     def _expire(self, batch: int = 20) -> bool:
         """Finished studies older than keep_days. DEAD and pending ones are exempt (studies.expirable)."""
@@ -59,6 +64,5 @@ class Upkeep:
             with self._ledger.write() as tx:
                 ids, outputs, spool = studies.expire(tx, uid, now)
             self._files.remove_study(ids, outputs, spool)
-            self._recorder.inc("dicom_node_studies_expired_total")
             self._log.info("study_expired", study=self._log.uid(uid), instances=len(ids))
         return len(found) == batch

@@ -256,3 +256,18 @@ def sr_of_earlier_revisions(tx: sa.Connection, study_uid: str, route: str, revis
         .order_by(output.c.revision, output.c.sop_uid)
     ).all()
     return [(a, b, c) for a, b, c in rows]
+
+
+def dead_counts(tx: sa.Connection) -> dict[str, int]:
+    """Per destination: how many objects need a person."""
+    rows = tx.execute(
+        sa.select(delivery.c.destination, sa.func.count())
+        .where(delivery.c.state == DeliveryState.DEAD)
+        .group_by(delivery.c.destination)
+    ).all()
+    return {row[0]: row[1] for row in rows}
+
+
+def paused_names(tx: sa.Connection) -> set[str]:
+    """The destinations that are paused now."""
+    return set(tx.execute(sa.select(destination.c.name).where(destination.c.paused_since.is_not(None))).scalars())

@@ -148,3 +148,8 @@ def _evidence(tx: sa.Connection, study_uid: str, revision: int) -> list[dict[str
     ).scalar()
     verdicts: list[dict[str, Any]] = json.loads(text or "{}").get("verdicts", [])
     return verdicts
+
+
+def study_row(tx: sa.Connection, study_uid: str) -> dict[str, Any]:
+    """The study's row as it is."""
+    return dict(tx.execute(sa.select(study).where(study.c.uid == study_uid)).mappings().one())
