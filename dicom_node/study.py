@@ -156,3 +156,23 @@ class Study:
         ]
         series.sort(key=lambda s: (s.instances[0].header.number("SeriesNumber") or 0.0, s.series_instance_uid))
         return cls(study_instance_uid, revision, tuple(series))
+
+
+OWN_MODEL_NAME = "dicom-node"
+"""Manufacturer's Model Name (0008,1090) of everything this node makes, whatever manufacturer the site configured."""
+
+
+def is_own_output(header: Header) -> bool:
+    """True for an object that a dicom-node made (loop guard: PACS -> node -> PACS auto-forward).
+
+    Decided by the data set only. Implementation Class UID (0002,0012) says who *stored the file last*, which is this
+    node's own listener for every object received (PS3.10 7.1), so it must not be used.
+    """
+    if _own_model(header, "ManufacturerModelName") or _own_model(header, "SecondaryCaptureDeviceManufacturerModelName"):
+        return True
+    equipment = header.items_of("ContributingEquipmentSequence")
+    return any(_own_model(item, "ManufacturerModelName") for item in equipment)
+
+
+def _own_model(header: Header, keyword: str) -> bool:
+    return header.text(keyword).strip().casefold() == OWN_MODEL_NAME
