@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger
@@ -211,6 +211,22 @@ class Log:
     def error(self, event: str, **fields: object) -> None:
         """Somebody should look."""
         self._logger.error(event, **fields)
+
+
+class Section(Protocol):
+    """`log` of config.yaml, as far as this module needs it."""
+
+    @property
+    def level(self) -> str: ...
+    @property
+    def format(self) -> Literal["json", "console"]: ...
+
+
+def make_log(section: Section, root: Path) -> Log:
+    """The log of a process that is just starting: opened, and everything else that would write to stderr made quiet."""
+    log = Log.open(level=section.level, format=section.format, secret=load_secret(root))
+    quiet_libraries(log)
+    return log
 
 
 def place_of(trace: TracebackType | None) -> str:

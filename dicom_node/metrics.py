@@ -298,23 +298,16 @@ def _cumulative(buckets: tuple[float, ...], row: list[float]) -> list[tuple[str,
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What /readyz says. `reasons`: one PHI-free sentence for everything that is not well."""
+    """What /healthz and /readyz say. `reasons`: one PHI-free sentence for everything that is not well."""
 
-    alive: bool = True
-    """False = the process should be restarted: a stage's loop stands still."""
-    listening: bool = False
-    ledger_writable: bool = False
-    engines_loaded: bool = False
-    decoders_present: bool = False
+    alive: bool
+    """False = the process should be restarted: a loop stands still."""
+    ready: bool
+    """Studies sent now are stored and worked on: listening, ledger writable, engines loaded, decoders present."""
     reasons: tuple[str, ...] = ()
 
-    @property
-    def ready(self) -> bool:
-        """Whether studies sent now would be stored and worked on."""
-        return self.alive and self.listening and self.ledger_writable and self.engines_loaded and self.decoders_present
 
-
-class _Server(ThreadingHTTPServer):
+class MetricsServer(ThreadingHTTPServer):
     """Bounded: at most so many requests at once, each with a time-out; more are dropped."""
 
     daemon_threads = True
@@ -324,6 +317,11 @@ class _Server(ThreadingHTTPServer):
         self.metrics, self.health = metrics, health
         self._free = threading.BoundedSemaphore(8)
         super().__init__(address, _Handler)
+
+    def close(self) -> None:
+        """Stop answering and give the port back."""
+        self.shutdown()
+        self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Refuse the connection when all hands are busy, instead of one more thread."""
@@ -344,7 +342,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server
+    server: MetricsServer
     timeout = 5
     server_version = "dicom-node"
     sys_version = ""
@@ -358,7 +356,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(200 if health.alive else 503, {"alive": health.alive})
         elif path == "/readyz":
             health = self.server.health()
-            self._json(200 if health.ready else 503, {"ready": health.ready} | asdict(health))
+            self._json(200 if health.ready else 503, asdict(health))
         else:
             self._json(404, {"paths": ["/metrics", "/healthz", "/readyz"]})
 
@@ -381,11 +379,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Scrapes are not logged."""
 
 
-def serve(metrics: Metrics, host: str, port: int, health: Callable[[], Health]) -> ThreadingHTTPServer:
-    """/metrics, /healthz and /readyz on a thread of their own; `port` 0 = any (`server.server_address`).
-
-    Stop with `server.shutdown(); server.server_close()`.
-    """
-    server = _Server((host, port), metrics, health)
+def serve(metrics: Metrics, host: str, port: int, health: Callable[[], Health]) -> MetricsServer:
+    """/metrics, /healthz and /readyz on threads of their own; `port` 0 = any (`server.server_address`). `close()` it."""
+    server = MetricsServer((host, port), metrics, health)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server
