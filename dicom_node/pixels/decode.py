@@ -1,0 +1,199 @@
+"""Stored instance → frames: bounded, one frame at a time, one pinned decoder per transfer syntax.
+
+Runs in the worker process only (the demonstration's own pictures apart): native decoders are the node's largest attack
+surface, so a crash or an allocation past the limit costs that child alone. Reads files, writes none, logs nothing.
+Every failure is a `PixelsUndecodableError`, whose text names the transfer syntax and never a value of the data set.
+
+    framing   what lies where, and what it will cost         codecs   bytes → samples
+    color     samples → grey or RGB                          decode   the order of things, and the way it fails
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.uid import UID
+
+from dicom_node.errors import NodeError, StoreError
+from dicom_node.pixels import codecs
+from dicom_node.pixels.color import YBR, Palette, YbrToRgb, off_grey, split_422, upright
+from dicom_node.pixels.framing import (
+    NATIVE,
+    PARSE_ERRORS,
+    Limits,
+    Stored,
+    UndecodableError,
+    open_stored,
+    transfer_syntax,
+)
+from dicom_node.result import Refusal, RefusalCode
+from dicom_node.study import Instance
+
+COLOR_SPACE_CORRECTED = "COLOR_SPACE_CORRECTED"
+"""Photometric Interpretation says RGB and the pixels are YCbCr, or the reverse; the pixels were believed."""
+FRAME_COUNT_CORRECTED = "FRAME_COUNT_CORRECTED"
+"""Number of Frames is not what the pixel data holds; the pixel data was believed."""
+
+_DECODE_ERRORS = (*PARSE_ERRORS, RuntimeError, SyntaxError)  # Pillow raises SyntaxError on a broken marker
+
+
+class PixelsUndecodableError(NodeError):
+    """The pixel data cannot be decoded."""
+
+    def __init__(self, syntax: str, why: str) -> None:
+        self.syntax, self.why = syntax, why
+        super().__init__(f"{syntax}: {why}")
+
+    def refusal(self) -> Refusal:
+        """REFUSED(PIXELS_UNDECODABLE(<syntax>: <why>))."""
+        return Refusal(RefusalCode.PIXELS_UNDECODABLE, str(self))
+
+
+class PixelDecoder:
+    """`engine.PixelReader` over stored files."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self._notes: dict[str, set[str]] = {}
+
+    def frames(self, instance: Instance, numbers: Sequence[int] | None = None) -> Iterator[NDArray[Any]]:
+        """Decoded frames (H, W) or (H, W, 3) RGB in the order asked for; `numbers` count from 1; None = all."""
+        notes = self._notes.setdefault(instance.instance_id, set())
+        return decode_file(instance.path, numbers, limits=self._limits, notes=notes)
+
+    def notes(self, instance: Instance) -> tuple[str, ...]:
+        """What had to be put right in this instance so far (COLOR_SPACE_CORRECTED, FRAME_COUNT_CORRECTED)."""
+        return tuple(sorted(self._notes.get(instance.instance_id, ())))
+
+
+def decode_file(
+    path: Path, numbers: Sequence[int] | None = None, *, limits: Limits | None = None, notes: set[str] | None = None
+) -> Iterator[NDArray[Any]]:
+    """Decode a Part 10 file, lazily. 8-bit grey, RGB and palettes come as uint8; deeper grey keeps its depth and sign.
+
+    Raises PixelsUndecodableError, at the first frame at the earliest; StoreError where the file system is to blame.
+    """
+    name = "unknown transfer syntax"
+    try:
+        syntax = transfer_syntax(path)
+        name = _name(syntax)
+        if syntax not in NATIVE and syntax not in codecs.CODECS:
+            raise UndecodableError("no decoder for this transfer syntax")
+        with path.open("rb") as file:
+            stored = open_stored(file, syntax, limits or Limits())
+            yield from _frames(file, stored, numbers, notes if notes is not None else set())
+    except UndecodableError as e:
+        raise PixelsUndecodableError(name, str(e)) from None
+    except ImportError:
+        raise PixelsUndecodableError(name, "the decoder of this transfer syntax is not installed") from None
+    except _DECODE_ERRORS as e:
+        if isinstance(e, OSError) and e.errno is not None:  # a missing file or a bad disk is a fault, not an answer
+            raise StoreError(f"a stored instance cannot be read ({type(e).__name__})") from None
+        # The library's own words may repeat values of the data set: only the kind of failure is told.
+        raise PixelsUndecodableError(name, f"the pixel data is broken ({type(e).__name__})") from None
+
+
+def available_decoders() -> dict[str, str]:
+    """Name of each compressed transfer syntax → the plugin and version that decodes it; absent = not decodable here."""
+    return {_name(syntax): plugin for syntax, plugin in codecs.installed().items()}
+
+
+def _name(syntax: str) -> str:
+    name = UID(syntax).name
+    return f"{name} {syntax}" if name != syntax else f"private transfer syntax {syntax[:64]}"
+
+
+def _frames(file: BinaryIO, stored: Stored, numbers: Sequence[int] | None, notes: set[str]) -> Iterator[NDArray[Any]]:
+    count = len(stored.frames.pieces)
+    if count != stored.frames.claimed:
+        notes.add(FRAME_COUNT_CORRECTED)
+    if numbers is not None and any(not 1 <= n <= count for n in numbers):
+        raise UndecodableError(f"a frame was asked for that is not among the {count} of the pixel data")
+    show = _Display(stored, notes)
+    for number in range(1, count + 1) if numbers is None else numbers:
+        yield show(stored.frames.read(file, number - 1))
+
+
+class _Display:
+    """One instance's way from encoded bytes to a frame; what is constant over a clip is made once."""
+
+    def __init__(self, stored: Stored, notes: set[str]) -> None:
+        self._stored, self._image, self._notes = stored, stored.image, notes
+        self._ybr_to_rgb = YbrToRgb()
+        self._palette = Palette(stored.dataset, stored.image) if stored.image.photometric == "PALETTE COLOR" else None
+        self._decode: Callable[[bytes], codecs.Decoded] = self._native
+        if stored.syntax not in NATIVE:
+            codec = codecs.CODECS[stored.syntax].decode
+            self._decode = lambda data: codec(data, stored.image)
+        self._wrong_space: bool | None = None
+
+    def __call__(self, data: bytes) -> NDArray[Any]:
+        samples, photometric = self._decode(data)
+        if samples.ndim == 3:
+            return self._color(samples, photometric)
+        frame = self._depth(samples)
+        if self._palette is not None:
+            return self._palette(frame)
+        return upright(frame, self._image) if photometric == "MONOCHROME1" else frame
+
+    def _native(self, data: bytes) -> codecs.Decoded:
+        image = self._image
+        if self._stored.swapped_words:
+            # An odd frame would start in the middle of a word; whoever writes one pads the whole, not each frame.
+            if len(data) % 2:
+                raise UndecodableError("8-bit words of odd length in a big endian file")
+            data = np.frombuffer(data, dtype=np.uint16).byteswap().tobytes()
+        if image.photometric == "YBR_FULL_422":
+            return codecs.Decoded(self._ybr_to_rgb(*split_422(data, image)), "RGB")
+        order = "<" if self._stored.little_endian else ">"
+        samples = np.frombuffer(data, dtype=f"{order}u{image.bits_allocated // 8}")
+        if image.samples == 1:
+            return codecs.Decoded(samples.reshape(image.rows, image.columns), image.photometric)
+        if image.planar == 1:
+            planes = samples.reshape(image.samples, image.rows, image.columns)
+            return codecs.Decoded(planes.transpose(1, 2, 0), image.photometric)
+        return codecs.Decoded(samples.reshape(image.rows, image.columns, image.samples), image.photometric)
+
+    def _depth(self, samples: NDArray[Any]) -> NDArray[Any]:
+        """Grey of Bits Stored: native byte order, the unused high bits (old overlays) cut off, the sign extended."""
+        image = self._image
+        kind = "i" if image.signed else "u"
+        size = samples.dtype.itemsize
+        samples = samples.astype(f"{samples.dtype.kind}{size}", copy=False)
+        unused = 8 * size - image.bits_stored
+        if samples.dtype.kind == "u" and unused > 0:
+            samples = samples << unused
+            samples = samples.view(f"{kind}{size}") >> unused
+        else:
+            samples = samples.view(f"{kind}{size}")
+        if not image.signed and image.bits_stored <= 8:
+            return samples.astype(np.uint8, copy=False)
+        return samples.astype(f"{kind}{image.bits_allocated // 8}", copy=False)
+
+    def _color(self, samples: NDArray[Any], photometric: str) -> NDArray[Any]:
+        if photometric not in (*YBR, "RGB"):
+            raise UndecodableError("this photometric interpretation is not decoded")
+        if samples.dtype != np.uint8:
+            if photometric != "RGB":
+                raise UndecodableError("YCbCr deeper than 8 bits is not decoded")
+            return samples.astype(samples.dtype.newbyteorder("="), copy=False)
+        as_stored = samples if photometric == "RGB" else self._rgb(samples)
+        if self._wrong_space is None:
+            self._wrong_space = self._other_fits(samples, as_stored, photometric)
+        if not self._wrong_space:
+            return as_stored
+        self._notes.add(COLOR_SPACE_CORRECTED)
+        return self._rgb(samples) if photometric == "RGB" else samples
+
+    def _rgb(self, samples: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return self._ybr_to_rgb(samples[..., 0], samples[..., 1], samples[..., 2])
+
+    def _other_fits(self, samples: NDArray[np.uint8], shown: NDArray[np.uint8], photometric: str) -> bool:
+        """Far from grey as tagged, and near grey in the other colour space? Judged on the first frame."""
+        if off_grey(shown) < 60:
+            return False
+        return off_grey(self._rgb(samples) if photometric == "RGB" else samples) < 20
