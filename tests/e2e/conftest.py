@@ -1,175 +1,14 @@
-"""A real node, real peers, from outside: processes, sockets, files and the command line."""
+"""Nodes and peers that run for one test."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-import pydicom
 import pytest
 import yaml
-
-REPOSITORY = Path(__file__).parent.parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def wait_for(what: Callable[[], Any], seconds: float = 30.0, *, every: float = 0.05) -> Any:
-    """The first true value of `what()`; fails by name after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = what()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            pytest.fail(f"{getattr(what, '__name__', what)} did not come true in {seconds} s")
-        time.sleep(every)
-
-
-def peer(name: str) -> str:
-    """The path of a peer's program, or a skip that names it."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/lib/ctn/bin")
-    if found is None:
-        pytest.skip(f"peer {name} is not installed")
-    return found
-
-
-@dataclass
-class Pacs:
-    """DCMTK's storescp as the PACS."""
-
-    port: int
-    folder: Path
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> Pacs:
-        self.folder.mkdir(exist_ok=True)
-        command = [peer("storescp"), "-aet", "PACS", "+xa", "--fork", "-od", str(self.folder), str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(lambda: _connects(self.port))
-        return self
-
-    def stop(self) -> None:
-        if self.process is not None:
-            for child in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
-                with contextlib.suppress(psutil.Error, ProcessLookupError):
-                    child.kill()
-            self.process.wait()
-            self.process = None
-
-    def objects(self) -> list[pydicom.Dataset]:
-        return [pydicom.dcmread(p, force=True) for p in sorted(self.folder.iterdir())]
-
-
-def _connects(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 0.2).close()
-    except OSError:
-        return False
-    return True
-
-
-@dataclass
-class Node:
-    """`dicom-node run` in a folder of its own."""
-
-    folder: Path
-    settings: dict[str, Any]
-    port: int = 0
-    process: subprocess.Popen[str] | None = None
-    log: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.log = self.folder / "node.log"
-        self.port = self.settings["receive"]["port"]
-        self.write_config()
-
-    @property
-    def config(self) -> Path:
-        return self.folder / "config.yaml"
-
-    @property
-    def root(self) -> Path:
-        return self.folder / "var"
-
-    def write_config(self) -> None:
-        self.config.write_text(yaml.safe_dump(self.settings, allow_unicode=True))
-
-    def start(self) -> Node:
-        command = [sys.executable, "-m", "dicom_node", "run", "--config", str(self.config)]
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.startswith(f"listening {self.settings['receive']['ae_title']}@"), self.log.read_text()[-4000:]
-        return self
-
-    def tree(self) -> list[psutil.Process]:
-        assert self.process is not None
-        me = psutil.Process(self.process.pid)
-        return [*me.children(recursive=True), me]
-
-    def child(self, word: str) -> psutil.Process | None:
-        """The listener ("listen") or a worker ("dicom_node.worker")."""
-        return next((p for p in self.tree() if word in p.cmdline()), None)
-
-    def kill(self) -> None:
-        """kill -9 of everything, children first or last as chance has it."""
-        for process in self.tree():
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGKILL)
-        assert self.process is not None
-        self.process.wait()
-
-    def stop(self) -> int:
-        assert self.process is not None
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                self.kill()
-                pytest.fail("the node did not stop in 30 s")
-        return int(self.process.returncode)
-
-    def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "dicom_node", *arguments, "--config", str(self.config)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert not check or done.returncode == 0, done.stderr
-        return done
-
-    def explain(self, study_uid: str) -> dict[str, Any]:
-        done = self.cli("explain", study_uid, "--json", check=False)
-        return json.loads(done.stdout) if done.returncode == 0 else {"state": "UNKNOWN", "outcomes": [], "deliveries": []}
-
-    def wait_state(self, study_uid: str, *states: str, seconds: float = 45.0) -> dict[str, Any]:
-        answer: dict[str, Any] = {}
-
-        def reached() -> bool:
-            answer.update(self.explain(study_uid))
-            return answer["state"] in states
-
-        try:
-            wait_for(reached, seconds, every=0.2)
-        except pytest.fail.Exception:
-            pytest.fail(f"study stays {answer.get('state')}: {json.dumps(answer, indent=1)[:3000]}\n{self.log.read_text()[-3000:]}")
-        return answer
+from e2e_node import REPOSITORY, SHIPPED_CONFIG, Node, Pacs, free_port
 
 
 @pytest.fixture
@@ -178,7 +17,7 @@ def make_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
     made: list[Node] = []
 
     def make(pacs_port: int | None = None, folder: str = "node", **sections: dict[str, Any]) -> Node:
-        settings = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
+        settings = yaml.safe_load(SHIPPED_CONFIG.read_text())
         settings["receive"]["port"], settings["metrics"]["port"] = free_port(), free_port()
         settings["store"]["min_free_gb"] = 0.05
         settings["engines"]["path"] = [str(REPOSITORY / "engines")]
@@ -207,28 +46,3 @@ def pacs(tmp_path: Path) -> Iterator[Pacs]:
     made = Pacs(free_port(), tmp_path / "pacs").start()
     yield made
     made.stop()
-
-
-def make_phantom(folder: Path, *arguments: str, seed: int = 501, label: int = 1) -> Path:
-    """A phantom study file by the task's own generator."""
-    folder.mkdir(parents=True, exist_ok=True)
-    before = set(folder.rglob("*.dcm"))
-    command = [sys.executable, "-m", "engines.training", "phantom", "renal_ceus", "--seed", str(seed), "--label", str(label)]
-    subprocess.run(
-        [*command, "--out", str(folder), *arguments],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-    )
-    (made,) = set(folder.rglob("*.dcm")) - before
-    return made
-
-
-def storescu(port: int, *files: Path, called: str = "DICOM_NODE", calling: str = "MODALITY", options: tuple[str, ...] = ()) -> int:
-    """DCMTK's storescu, with its own Nagle off so that tests are quick."""
-    command = [peer("storescu"), "-aet", calling, "-aec", called, *options, "127.0.0.1", str(port), *map(str, files)]
-    return subprocess.run(command, capture_output=True, env=os.environ | {"TCP_NODELAY": "1"}, timeout=120).returncode
-
-
-def study_uid(path: Path) -> str:
-    return str(pydicom.dcmread(path, stop_before_pixels=True).StudyInstanceUID)
