@@ -1,4 +1,4 @@
-"""kill -9 at any moment: no acknowledged instance is missing, and each destination ends with exactly one copy of each object."""
+"""kill -9 at any moment: no acknowledged instance is missing; each destination ends with one copy of each object."""
 
 from __future__ import annotations
 
