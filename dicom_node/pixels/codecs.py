@@ -189,9 +189,12 @@ def rle(data: bytes, image: ImagePixel) -> Decoded:
 
     if len(data) < 64 or struct.unpack_from("<L", data)[0] != image.samples * image.bits_allocated // 8:
         raise UndecodableError("the RLE header does not fit the attributes")
-    size = {"rows": image.rows, "columns": image.columns, "bits_allocated": image.bits_allocated}
-    raw = cast(bytearray, decode_pixel_data(data, version=2, **size))
-    return Decoded(_shape(raw, f"<u{image.bits_allocated // 8}", image, planar=True), image.photometric)
+    raw = decode_pixel_data(
+        data, version=2, rows=image.rows, columns=image.columns, bits_allocated=image.bits_allocated
+    )
+    return Decoded(
+        _shape(cast(bytearray, raw), f"<u{image.bits_allocated // 8}", image, planar=True), image.photometric
+    )
 
 
 class Codec(NamedTuple):

@@ -5,6 +5,7 @@ Called by `decode.py` on each decoded frame.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
-from dicom_node.pixels.framing import ImagePixel, UndecodableError
+from dicom_node.pixels.framing import ImagePixel, Stored, UndecodableError
 
 YBR = ("YBR_FULL", "YBR_FULL_422")
 
@@ -20,17 +21,20 @@ YBR = ("YBR_FULL", "YBR_FULL_422")
 class YbrToRgb:
     """The inverse of YBR_FULL (PS3.3 C.7.6.3.1.2), rounded half up: Y is whole, so only chroma needs a table."""
 
-    def __init__(self) -> None:
+    @cached_property
+    def _tables(self) -> tuple[NDArray[np.int16], NDArray[np.int16], NDArray[np.int16]]:
+        """What Cr adds to R, what Cb and Cr (as one 16-bit number) add to G, what Cb adds to B."""
         chroma = np.arange(256) - 128.0
-        self._r = np.floor(1.402 * chroma + 0.5).astype(np.int16)
-        self._b = np.floor(1.772 * chroma + 0.5).astype(np.int16)
         from_cb, from_cr = -0.114 * 1.772 / 0.587 * chroma, -0.299 * 1.402 / 0.587 * chroma
-        self._g = np.floor(from_cb[:, None] + from_cr[None, :] + 0.5).astype(np.int16).ravel()
+        exact = 1.402 * chroma, (from_cb[:, None] + from_cr[None, :]).ravel(), 1.772 * chroma
+        red, green, blue = (np.floor(table + 0.5).astype(np.int16) for table in exact)
+        return red, green, blue
 
     def __call__(self, y: NDArray[np.uint8], cb: NDArray[np.uint8], cr: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(H, W) planes to (H, W, 3). Chroma may be (H, W/2): then each value serves two pixels of a row."""
         out = np.empty((3, *y.shape), dtype=np.uint8)
-        steps = (self._r.take(cr), self._g.take(cb.astype(np.uint16) << 8 | cr), self._b.take(cb))
+        red, green, blue = self._tables
+        steps = (red.take(cr), green.take(cb.astype(np.uint16) << 8 | cr), blue.take(cb))
         wide = y.astype(np.int16).reshape(*cb.shape, -1)
         for plane, step in zip(out, steps, strict=True):
             np.clip(wide + step[..., None], 0, 255, out=plane.reshape(wide.shape), casting="unsafe")
@@ -48,9 +52,12 @@ def split_422(data: bytes, image: ImagePixel) -> tuple[NDArray[np.uint8], NDArra
 class Palette:
     """PALETTE COLOR by a table over every possible value, 8 bits per colour."""
 
-    def __init__(self, dataset: Dataset, image: ImagePixel) -> None:
+    def __init__(self, stored: Stored) -> None:
+        image, dataset = stored.image, stored.dataset
         if image.bits_allocated > 16 or image.signed:
             raise UndecodableError("a palette needs unsigned values of at most 16 bits")
+        if not stored.little_endian:
+            _turn_entries(dataset)
         values = np.arange(1 << image.bits_allocated, dtype=f"u{image.bits_allocated // 8}")
         table = apply_color_lut(values, dataset)[..., :3]  # pydicom: descriptors, segmented tables, first value mapped
         if table.dtype != np.uint8:
@@ -60,6 +67,16 @@ class Palette:
 
     def __call__(self, frame: NDArray[Any]) -> NDArray[np.uint8]:
         return np.stack([plane.take(frame) for plane in self._planes]).transpose(1, 2, 0)
+
+
+def _turn_entries(dataset: Dataset) -> None:
+    """pydicom reads 16-bit entries as little endian, whatever the file; it turns segmented tables by itself."""
+    for colour in ("Red", "Green", "Blue"):
+        keyword = f"{colour}PaletteColorLookupTableData"
+        entries = dataset.get(f"{colour}PaletteColorLookupTableDescriptor", [0])[0] or 65536
+        if keyword in dataset and len(dataset[keyword].value) >= 2 * entries:
+            swapped = np.frombuffer(dataset[keyword].value[: 2 * entries], dtype=">u2").astype("<u2")
+            dataset[keyword].value = swapped.tobytes()
 
 
 def upright(frame: NDArray[Any], image: ImagePixel) -> NDArray[Any]:

@@ -94,7 +94,7 @@ def decode_file(
         if isinstance(e, OSError) and e.errno is not None:  # a missing file or a bad disk is a fault, not an answer
             raise StoreError(f"a stored instance cannot be read ({type(e).__name__})") from None
         # The library's own words may repeat values of the data set: only the kind of failure is told.
-        raise PixelsUndecodableError(name, f"the pixel data is broken ({type(e).__name__})") from None
+        raise PixelsUndecodableError(name, f"the file or its pixel data is broken ({type(e).__name__})") from None
 
 
 def available_decoders() -> dict[str, str]:
@@ -103,8 +103,10 @@ def available_decoders() -> dict[str, str]:
 
 
 def _name(syntax: str) -> str:
-    name = UID(syntax).name
-    return f"{name} {syntax}" if name != syntax else f"private transfer syntax {syntax[:64]}"
+    uid = UID(syntax)
+    if not uid.is_valid:  # whatever stands there instead is not repeated
+        return "no valid transfer syntax"
+    return f"private transfer syntax {uid}" if uid.name == uid else f"{uid.name} {uid}"
 
 
 def _frames(file: BinaryIO, stored: Stored, numbers: Sequence[int] | None, notes: set[str]) -> Iterator[NDArray[Any]]:
@@ -123,8 +125,8 @@ class _Display:
 
     def __init__(self, stored: Stored, notes: set[str]) -> None:
         self._stored, self._image, self._notes = stored, stored.image, notes
-        self._ybr_to_rgb = YbrToRgb()
-        self._palette = Palette(stored.dataset, stored.image) if stored.image.photometric == "PALETTE COLOR" else None
+        self._ybr_to_rgb = YbrToRgb()  # its tables are made when the first YCbCr frame comes
+        self._palette = Palette(stored) if stored.image.photometric == "PALETTE COLOR" else None
         self._decode: Callable[[bytes], codecs.Decoded] = self._native
         if stored.syntax not in NATIVE:
             codec = codecs.CODECS[stored.syntax].decode
@@ -142,11 +144,6 @@ class _Display:
 
     def _native(self, data: bytes) -> codecs.Decoded:
         image = self._image
-        if self._stored.swapped_words:
-            # An odd frame would start in the middle of a word; whoever writes one pads the whole, not each frame.
-            if len(data) % 2:
-                raise UndecodableError("8-bit words of odd length in a big endian file")
-            data = np.frombuffer(data, dtype=np.uint16).byteswap().tobytes()
         if image.photometric == "YBR_FULL_422":
             return codecs.Decoded(self._ybr_to_rgb(*split_422(data, image)), "RGB")
         order = "<" if self._stored.little_endian else ">"

@@ -7,13 +7,13 @@ that are really there, before anything is allocated. Never reads a whole file.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -26,7 +26,7 @@ NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
 
 PARSE_ERRORS = (
     ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, OverflowError, EOFError, OSError,
-    RecursionError, struct.error, InvalidDicomError,
+    RecursionError, struct.error, InvalidDicomError, BytesLengthException,
 )  # fmt: skip
 """What pydicom raises on a file that is not what it says (UnicodeError is a ValueError)."""
 
@@ -92,10 +92,21 @@ class Frames:
     pieces: tuple[tuple[tuple[int, int], ...], ...]
     claimed: int
     """Number of Frames (0028,0008); where it differs, the pixel data is believed."""
+    words_from: int | None = None
+    """8-bit samples in OW of a big endian file: from here on the bytes of each pair are swapped (PS3.5 8.1.2)."""
 
     def read(self, file: BinaryIO, index: int) -> bytes:
         """The bytes of one frame, its fragments joined."""
-        return b"".join(self._piece(file, *piece) for piece in self.pieces[index])
+        pieces = self.pieces[index]
+        if self.words_from is not None:
+            return self._words(file, *pieces[0])
+        return self._piece(file, *pieces[0]) if len(pieces) == 1 else b"".join(self._piece(file, *p) for p in pieces)
+
+    def _words(self, file: BinaryIO, offset: int, length: int) -> bytes:
+        odd = (offset - (self.words_from or 0)) % 2  # a frame of odd length makes the next one start inside a word
+        words = bytearray(self._piece(file, offset - odd, length + odd + (length + odd) % 2))
+        words[::2], words[1::2] = words[1::2], words[::2]
+        return bytes(words[odd : odd + length])
 
     @staticmethod
     def _piece(file: BinaryIO, offset: int, length: int) -> bytes:
@@ -116,8 +127,6 @@ class Stored:
     frames: Frames
     dataset: Dataset
     """Only the attributes of `_TAGS`: what the palette needs."""
-    swapped_words: bool = False
-    """8-bit samples in words of a big endian file: the bytes of each pair stand the other way round (PS3.5 8.1.2)."""
 
 
 def transfer_syntax(path: Path) -> str:
@@ -150,9 +159,11 @@ def open_stored(file: BinaryIO, syntax: str, limits: Limits) -> Stored:
     if length == _UNDEFINED:
         frames = _encapsulated(file, claimed, limits)
     else:
+        start = file.tell()
         frames = _native(file, length, image, claimed, limits)
-    swapped = not little and image.bits_allocated == 8 and vr == b"OW"
-    return Stored(syntax, bool(little), image, frames, dataset, swapped)
+        if vr == b"OW" and not little and image.bits_allocated == 8:
+            frames = replace(frames, words_from=start)
+    return Stored(syntax, bool(little), image, frames, dataset)
 
 
 def _whole(dataset: Dataset, keyword: str, default: int = 0) -> int:
@@ -168,7 +179,7 @@ def _pixel_data(file: BinaryIO, implicit: bool, little: bool) -> tuple[bytes, in
         raise UndecodableError("there is no pixel data")
     if head[:4] != (_PIXEL_DATA if little else b"\x7f\xe0\x00\x10"):
         raise UndecodableError("float pixel data is not decoded")
-    if implicit:
+    if implicit or not head[4:6].isalpha():  # some writers name an explicit syntax and send implicit VR
         return b"OW", int(struct.unpack(order + "L", head[4:])[0])
     if head[4:6] not in (b"OB", b"OW", b"UN"):
         raise UndecodableError("the value representation of the pixel data is not OB or OW")
