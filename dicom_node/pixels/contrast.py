@@ -32,7 +32,7 @@ def contrast_arrival(tic: NDArray[np.float64], times: NDArray[np.float64]) -> fl
     peak = int(np.argmax(smooth))
     baseline = _baseline(smooth, peak)
     rise = smooth[peak] - baseline
-    if rise < max(6.0 * noise, MIN_RISE):
+    if rise < max(6.0 * noise, MIN_RISE, 0.1 * baseline):  # breathing moves a bright panel by some per cent
         return _not_found("no rise above the noise")
     threshold = baseline + max(3.0 * noise, 0.1 * rise)
     below = np.flatnonzero(smooth[:peak] <= threshold)

@@ -10,7 +10,8 @@ Every failure is a `PixelsUndecodableError`, whose text names the transfer synta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +25,7 @@ from dicom_node.pixels.color import YBR, Palette, YbrToRgb, off_grey, split_422,
 from dicom_node.pixels.framing import (
     NATIVE,
     PARSE_ERRORS,
+    ImagePixel,
     Limits,
     Stored,
     UndecodableError,
@@ -125,25 +127,28 @@ class _Display:
 
     def __init__(self, stored: Stored, notes: set[str]) -> None:
         self._stored, self._image, self._notes = stored, stored.image, notes
+        self._codec = None if stored.syntax in NATIVE else codecs.CODECS[stored.syntax].decode
         self._ybr_to_rgb = YbrToRgb()  # its tables are made when the first YCbCr frame comes
         self._palette = Palette(stored) if stored.image.photometric == "PALETTE COLOR" else None
-        self._decode: Callable[[bytes], codecs.Decoded] = self._native
-        if stored.syntax not in NATIVE:
-            codec = codecs.CODECS[stored.syntax].decode
-            self._decode = lambda data: codec(data, stored.image)
-        self._wrong_space: bool | None = None
+        self._judged = stored.image.samples == 1
 
     def __call__(self, data: bytes) -> NDArray[Any]:
-        samples, photometric = self._decode(data)
+        frame = self._show(data, self._image)
+        if not self._judged:
+            self._judged = True
+            return self._in_right_space(data, frame)
+        return frame
+
+    def _show(self, data: bytes, image: ImagePixel) -> NDArray[Any]:
+        samples, photometric = self._codec(data, image) if self._codec else self._native(data, image)
         if samples.ndim == 3:
             return self._color(samples, photometric)
         frame = self._depth(samples)
         if self._palette is not None:
             return self._palette(frame)
-        return upright(frame, self._image) if photometric == "MONOCHROME1" else frame
+        return upright(frame, image) if photometric == "MONOCHROME1" else frame
 
-    def _native(self, data: bytes) -> codecs.Decoded:
-        image = self._image
+    def _native(self, data: bytes, image: ImagePixel) -> codecs.Decoded:
         if image.photometric == "YBR_FULL_422":
             return codecs.Decoded(self._ybr_to_rgb(*split_422(data, image)), "RGB")
         order = "<" if self._stored.little_endian else ">"
@@ -172,25 +177,29 @@ class _Display:
         return samples.astype(f"{kind}{image.bits_allocated // 8}", copy=False)
 
     def _color(self, samples: NDArray[Any], photometric: str) -> NDArray[Any]:
-        if photometric not in (*YBR, "RGB"):
+        if photometric == "RGB":
+            return samples.astype(samples.dtype.newbyteorder("="), copy=False)
+        if photometric not in YBR:
             raise UndecodableError("this photometric interpretation is not decoded")
         if samples.dtype != np.uint8:
-            if photometric != "RGB":
-                raise UndecodableError("YCbCr deeper than 8 bits is not decoded")
-            return samples.astype(samples.dtype.newbyteorder("="), copy=False)
-        as_stored = samples if photometric == "RGB" else self._rgb(samples)
-        if self._wrong_space is None:
-            self._wrong_space = self._other_fits(samples, as_stored, photometric)
-        if not self._wrong_space:
-            return as_stored
-        self._notes.add(COLOR_SPACE_CORRECTED)
-        return self._rgb(samples) if photometric == "RGB" else samples
-
-    def _rgb(self, samples: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            raise UndecodableError("YCbCr deeper than 8 bits is not decoded")
         return self._ybr_to_rgb(samples[..., 0], samples[..., 1], samples[..., 2])
 
-    def _other_fits(self, samples: NDArray[np.uint8], shown: NDArray[np.uint8], photometric: str) -> bool:
-        """Far from grey as tagged, and near grey in the other colour space? Judged on the first frame."""
-        if off_grey(shown) < 60:
-            return False
-        return off_grey(self._rgb(samples) if photometric == "RGB" else samples) < 20
+    def _in_right_space(self, data: bytes, frame: NDArray[Any]) -> NDArray[Any]:
+        """Is the first frame far from grey as tagged, but near grey in the other colour space? Then that one is right.
+
+        Ultrasound and captures are mostly black and grey. Black YCbCr taken for RGB is teal, black RGB taken for YCbCr
+        is green: one look at the median tells. A codestream that states its colour space gives the same both ways.
+        """
+        other = {"RGB": "YBR_FULL", "YBR_FULL": "RGB"}.get(self._image.photometric, "")
+        if self._codec and self._image.photometric == "YBR_FULL_422":
+            other = "RGB"
+        if not other or frame.dtype != np.uint8 or off_grey(frame) < 60:
+            return frame
+        image = replace(self._image, photometric=other)
+        corrected = self._show(data, image)
+        if off_grey(corrected) > 20:
+            return frame
+        self._image = image
+        self._notes.add(COLOR_SPACE_CORRECTED)
+        return corrected
