@@ -25,7 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-_ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0 section 2.2
+_ILLEGAL = re.compile("[^\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that XML 1.0 (2.2) does not allow, and line breaks: one message is one line of the file."""
 _CODES = {
     "110100": "Application Activity",
     "110103": "DICOM Instances Accessed",
@@ -45,8 +46,12 @@ _WAITING = 10_000
 _FIRST_RETRY, _LAST_RETRY = 1.0, 60.0
 
 
+def _clean(text: str) -> str:
+    return _ILLEGAL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def _attributes(**values: str) -> dict[str, str]:
-    return {name.replace("csd_", "csd-"): _ILLEGAL.sub("\N{REPLACEMENT CHARACTER}", v) for name, v in values.items()}
+    return {name.replace("csd_", "csd-"): _clean(value) for name, value in values.items()}
 
 
 def _code(parent: ET.Element, tag: str, value: str, scheme: str = "DCM", meaning: str = "") -> None:
@@ -143,7 +148,13 @@ class Audit:
         """Security Alert, Node Authentication (A.5.3.11): a peer that is not allowed, or failed the TLS handshake."""
         message = self._message("110113", "E", outcome="8", event_type="110126", description=reason)
         self._us(message, requestor=False)
-        _participant(message, calling_ae or address, requestor=False, ae_titles=[calling_ae], address=address)
+        _participant(
+            message,
+            calling_ae or address,
+            requestor=False,
+            ae_titles=[calling_ae] if calling_ae else (),
+            address=address,
+        )
         self._source(message)
         subject = ET.SubElement(
             message,
@@ -151,7 +162,7 @@ class Audit:
             _attributes(ParticipantObjectID=address, ParticipantObjectTypeCode="2", ParticipantObjectTypeCodeRole="25"),
         )
         _code(subject, "ParticipantObjectIDTypeCode", "110182")
-        ET.SubElement(subject, "ParticipantObjectName").text = _ILLEGAL.sub("", calling_ae)
+        ET.SubElement(subject, "ParticipantObjectName").text = _clean(calling_ae)
         self._put(message, severity=4)
 
     def study_received(
@@ -222,7 +233,7 @@ class Audit:
         if event_type:
             _code(identification, "EventTypeCode", event_type)
         if description:
-            ET.SubElement(identification, "EventOutcomeDescription").text = _ILLEGAL.sub("", description)
+            ET.SubElement(identification, "EventOutcomeDescription").text = _clean(description)
         return message
 
     def _us(self, message: ET.Element, *, requestor: bool, role: str = "") -> None:
@@ -264,17 +275,15 @@ class Audit:
                 return
 
     def _keep(self, xml: bytes, severity: int) -> None:
-        # ElementTree puts the declaration on a line of its own: one message is one line of the file.
-        line = xml.replace(b"?>\n", b"?>", 1)
         if self._path is not None:
             try:
-                _append(self._path, line + b"\n")
+                _append(self._path, xml + b"\n")
             except OSError as e:
                 self._lost(f"the audit file cannot be written ({e.strerror})")
         if self._sender is not None:
             if len(self._waiting) == _WAITING:
                 self._lost("the audit collector is away too long: its oldest messages were dropped")
-            self._waiting.append(_syslog_message(line, severity, self._host))
+            self._waiting.append(_syslog_message(xml, severity, self._host))
 
     def _send(self) -> bool:
         assert self._sender is not None  # noqa: S101  _waiting is filled only then

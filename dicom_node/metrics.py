@@ -380,7 +380,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def serve(metrics: Metrics, host: str, port: int, health: Callable[[], Health]) -> MetricsServer:
-    """/metrics, /healthz and /readyz on threads of their own; `port` 0 = any (`server.server_address`). `close()` it."""
+    """/metrics, /healthz and /readyz on threads of their own; `port` 0 = any (`server.server_address`)."""
     server = MetricsServer((host, port), metrics, health)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server
