@@ -1,0 +1,359 @@
+"""Durable files under the store root: the truth of the node. The ledger is only their index.
+
+    incoming/<id>.part     being received             incoming/<id>.dcm    acknowledged, waits for the index
+    objects/<xx>/<id>.dcm  indexed                    quarantine/<id>.dcm  cannot be understood; bounded
+    spool/  outputs/  models/  run/                   of other stages; made here so that their modes are right
+
+A file is written, fsynced, renamed, and its folder fsynced: only then may its instance be acknowledged. An id is ours,
+never the wire's. The listener and the stages process both use this file; neither needs the other to be there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from dicom_node.errors import RootInUseError, StoreError
+from dicom_node.store import header, part10
+from dicom_node.store.part10 import FileMeta
+from dicom_node.study import Header
+
+FOLDERS = ("incoming", "objects", "quarantine", "spool", "outputs", "models", "run")
+MAX_QUARANTINE_FILES = 200
+MAX_QUARANTINE_BYTES = 2 << 30
+WATERMARK_HYSTERESIS = 1.1
+"""After a refusal the free space must rise by a tenth before instances are taken again, or the answer would flap."""
+
+_ID = re.compile(r"[0-9a-f]{32}")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_BLOCK = 1 << 20
+
+StatVfs = Callable[[Path], os.statvfs_result]
+
+
+def new_instance_id() -> str:
+    """A name for one stored instance: random, so nothing of the wire can be in it."""
+    return uuid.uuid4().hex
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in the folder durable. An error is final: after EIO a second fsync may lie (the page is clean)."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:  # a short write is normal on a full disk; the next one says ENOSPC
+        view = view[os.write(fd, view) :]
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """The file is there whole, or not at all: temporary file, fsync, rename, fsync of the folder. Raises StoreError."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            _write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        temporary.rename(path)
+        fsync_folder(path.parent)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise StoreError(f"a file cannot be written ({e.strerror})") from e
+
+
+class PartFile:
+    """One instance on its way in: `write` the data set, then `commit`, or `discard`. Never both, never twice."""
+
+    def __init__(self, folder: Path, meta: FileMeta) -> None:
+        self.instance_id = new_instance_id()
+        self.path = folder / f"{self.instance_id}.part"
+        self.size = 0
+        """Bytes of the data set so far."""
+        head = part10.encode_meta(meta)
+        self._meta = replace(meta, dataset_offset=len(head))
+        self._fd = -1
+        try:
+            self._fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            _write_all(self._fd, head)
+        except OSError as e:
+            self.discard()
+            raise StoreError(f"an instance cannot be written ({e.strerror})") from e
+
+    @property
+    def meta(self) -> FileMeta:
+        """What stands in front of the data set."""
+        return self._meta
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append to the data set. On StoreError the file is gone."""
+        try:
+            _write_all(self._fd, data)
+        except OSError as e:
+            self.discard()
+            raise StoreError(f"an instance cannot be written ({e.strerror})") from e
+        self.size += len(data)
+
+    def commit(self, received_at: float) -> Path:
+        """Make it durable under its final name. Only after this may 0x0000 be sent. On StoreError the file is gone."""
+        final = self.path.with_suffix(".dcm")
+        try:
+            os.pwrite(self._fd, part10.encode_meta(replace(self._meta, received_at=received_at)), 0)
+            os.fsync(self._fd)
+            self.path.rename(final)
+            fsync_folder(final.parent)
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                final.unlink()
+            self.discard()
+            raise StoreError(f"an instance cannot be made durable ({e.strerror})") from e
+        self._close()
+        return final
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self._close()
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+            self._fd = -1
+
+
+class Watermark:
+    """Is there room? Says no below `min_free_gb`, and yes again only a tenth above it."""
+
+    def __init__(self, root: Path, min_free_gb: float, statvfs: StatVfs = os.statvfs) -> None:
+        self._root, self._statvfs = root, statvfs
+        self.reserve_bytes = int(min_free_gb * 1e9)
+        self._low = False
+
+    def free_bytes(self) -> int:
+        """Bytes this user may still write."""
+        stat = self._statvfs(self._root)
+        return stat.f_bavail * stat.f_frsize
+
+    def is_low(self) -> bool:
+        """True = refuse new instances."""
+        limit = self.reserve_bytes * (WATERMARK_HYSTERESIS if self._low else 1.0)
+        self._low = self.free_bytes() < limit
+        return self._low
+
+
+class RootLock:
+    """Holds `run/<role>.lock`; the kernel lets go of it when the process ends, however it ends."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def close(self) -> None:
+        """Give the role free."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> RootLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def lock_root(root: Path, role: str) -> RootLock:
+    """One process a role on one root. Raises RootInUseError when there is one already."""
+    folder = root / "run"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(folder / f"{role}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        os.close(fd)
+        raise RootInUseError(f"another process of this node ({role}) works on {root}") from e
+    return RootLock(fd)
+
+
+class Files:
+    """The folders of one store root and what may be done in them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in FOLDERS:
+            (root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.incoming = root / "incoming"
+        self.objects = root / "objects"
+        self.spool = root / "spool"
+        self.outputs = root / "outputs"
+        self.quarantine_folder = root / "quarantine"
+
+    # Receiving
+
+    def new_part(self, meta: FileMeta) -> PartFile:
+        """Begin to receive one instance. Raises StoreError."""
+        return PartFile(self.incoming, meta)
+
+    def sweep_parts(self) -> int:
+        """Remove what a crash left half received; only the listener may, and only before it listens."""
+        parts = list(self.incoming.glob("*.part"))
+        for path in parts:
+            path.unlink(missing_ok=True)
+        return len(parts)
+
+    def count_incoming(self) -> int:
+        """How many acknowledged instances wait for the index."""
+        with os.scandir(self.incoming) as entries:
+            return sum(entry.name.endswith(".dcm") for entry in entries)
+
+    # Indexing
+
+    def list_incoming(self) -> list[Path]:
+        """Acknowledged instances that wait for the index, oldest first."""
+        found: list[tuple[int, Path]] = []
+        with os.scandir(self.incoming) as entries:
+            for entry in entries:
+                if entry.name.endswith(".dcm"):
+                    with contextlib.suppress(FileNotFoundError):
+                        found.append((entry.stat().st_mtime_ns, Path(entry.path)))
+        return [path for _, path in sorted(found)]
+
+    def list_objects(self) -> list[Path]:
+        """All indexed instances."""
+        return sorted(self.objects.glob("[0-9a-f][0-9a-f]/*.dcm"))
+
+    def object_path(self, instance_id: str) -> Path:
+        """Where the instance lies now. Raises StoreError when it is gone."""
+        for path in (self._object(instance_id), self._incoming(instance_id)):
+            if path.exists():
+                return path
+        raise StoreError(f"instance {instance_id} is gone from the disk")
+
+    def move_to_objects(self, instance_id: str) -> Path:
+        """After its row is committed. Durable, and harmless when repeated."""
+        source, target = self._incoming(instance_id), self._object(instance_id)
+        try:
+            if not target.parent.is_dir():
+                target.parent.mkdir(mode=0o700, exist_ok=True)
+                fsync_folder(self.objects)
+            try:
+                source.rename(target)
+            except FileNotFoundError:
+                if not target.exists():
+                    raise
+            fsync_folder(target.parent)
+            fsync_folder(self.incoming)
+        except OSError as e:
+            raise StoreError(f"instance {instance_id} cannot be filed away ({e.strerror})") from e
+        return target
+
+    def remove_incoming(self, instance_id: str) -> None:
+        """A duplicate: the same bytes are stored already."""
+        self._incoming(instance_id).unlink(missing_ok=True)
+
+    def remove_object(self, instance_id: str) -> None:
+        """Retention, or a duplicate found at start."""
+        self._object(instance_id).unlink(missing_ok=True)
+
+    def remove_study(self, instance_ids: Iterable[str], outputs: Iterable[str], spool: Iterable[str]) -> None:
+        """Retention: everything the ledger has just forgotten. What is gone already is no news."""
+        for instance_id in instance_ids:
+            self.remove_object(instance_id)
+            self.remove_incoming(instance_id)
+        for folder, names in ((self.outputs, outputs), (self.spool, spool)):
+            for name in names:
+                if not _NAME.fullmatch(name):
+                    raise StoreError("not a file name of ours")
+                (folder / name).unlink(missing_ok=True)
+
+    def free_bytes(self) -> int:
+        """Bytes this user may still write."""
+        stat = os.statvfs(self.root)
+        return stat.f_bavail * stat.f_frsize
+
+    def quarantine(self, path: Path, reason: str) -> Path | None:
+        """Put a file aside for a person, the reason beside it. Bounded: the oldest go first. It holds patient data.
+
+        None = it could not be kept (the disk is full, for one): the file is removed, the refusal stands.
+        """
+        target = self.quarantine_folder / f"{path.stem}.dcm"
+        try:
+            path.rename(target)
+            target.with_suffix(".txt").write_text(reason + "\n", encoding="utf-8")
+        except OSError:
+            path.unlink(missing_ok=True)
+            return None
+        self._trim_quarantine()
+        return target if target.exists() else None
+
+    def count_quarantine(self) -> int:
+        """Files in quarantine."""
+        return sum(1 for _ in self.quarantine_folder.glob("*.dcm"))
+
+    def _trim_quarantine(self) -> None:
+        found: list[tuple[int, int, Path]] = []
+        for path in self.quarantine_folder.glob("*.dcm"):
+            with contextlib.suppress(FileNotFoundError):  # the other process may trim at the same time
+                stat = path.stat()
+                found.append((stat.st_mtime_ns, stat.st_size, path))
+        files, total = len(found), sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if files <= MAX_QUARANTINE_FILES and total <= MAX_QUARANTINE_BYTES:
+                return
+            path.unlink(missing_ok=True)
+            path.with_suffix(".txt").unlink(missing_ok=True)
+            files, total = files - 1, total - size
+
+    # Reading
+
+    def read_meta(self, path: Path) -> FileMeta:
+        """Group 0002: who sent it to whom, when, by which association; where the data set begins."""
+        return part10.read_meta(path)
+
+    def read_header(self, path: Path) -> Header:
+        """All attributes but bulk data."""
+        return header.read_header(path)
+
+    def dataset_digest(self, path: Path) -> str:
+        """SHA-256 (hex) of the encoded data set as received."""
+        return dataset_digest(path)
+
+    def _incoming(self, instance_id: str) -> Path:
+        return self.incoming / f"{_checked(instance_id)}.dcm"
+
+    def _object(self, instance_id: str) -> Path:
+        return self.objects / _checked(instance_id)[:2] / f"{instance_id}.dcm"
+
+
+def _checked(instance_id: str) -> str:
+    if not _ID.fullmatch(instance_id):
+        raise StoreError("not an instance id")
+    return instance_id
+
+
+def dataset_digest(path: Path) -> str:
+    """SHA-256 (hex) of the data set's bytes: without preamble and group 0002. Raises StoreError."""
+    offset = part10.read_meta(path).dataset_offset
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except OSError as e:
+        raise StoreError(f"a stored file cannot be read ({e.strerror})") from e
+    return digest.hexdigest()
