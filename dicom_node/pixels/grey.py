@@ -5,6 +5,7 @@ Stands under `ultrasound.py` and the engines, which import these names from ther
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,13 +53,15 @@ def _resize_axis(a: NDArray[Any], axis: int, n: int) -> NDArray[Any]:
     weight_shape[axis] = n
     if n < m:
         # Integral along the axis, read at the (fractional) borders of the new pixels: an exact box average.
-        total = np.zeros((*a.shape[:axis], m + 1, *a.shape[axis + 1 :]), dtype=np.float64)
-        np.cumsum(a, axis=axis, dtype=np.float64, out=total[(*along, slice(1, None))])
+        total = np.zeros(
+            (*a.shape[:axis], m + 1, *a.shape[axis + 1 :]), np.int32 if a.dtype == np.uint8 else np.float64
+        )
+        np.cumsum(a, axis=axis, dtype=total.dtype, out=total[(*along, slice(1, None))])
         edges = np.arange(n + 1) * (m / n)
         low = np.minimum(edges.astype(np.intp), m - 1)
         weight_shape[axis] = n + 1
         part = (edges - low).reshape(weight_shape)
-        at = total.take(low, axis=axis)
+        at = total.take(low, axis=axis).astype(np.float64)
         at += (total.take(low + 1, axis=axis) - at) * part
         return np.diff(at, axis=axis) * (n / m)
     # Pixel centres of the new grid in the old one; the border is repeated (half-pixel convention).
@@ -96,13 +99,16 @@ def has_color(frames: Iterable[NDArray[np.uint8]]) -> bool:
     for frame in frames:
         if frame.ndim == 2:
             continue
+        step = max(1, math.isqrt(frame.shape[0] * frame.shape[1] // 65536))  # a flow is never one pixel wide
+        frame = frame[::step, ::step]
         bright = frame.max(axis=2)
         lit = frame[bright > 2 * _LIT].astype(np.float32)
         if len(lit) < 64:
             continue
         hue = np.stack([lit[:, 0] - lit[:, 1], lit[:, 2] - lit[:, 1]], axis=1) / lit.max(axis=1, keepdims=True)
         away = np.abs(hue - np.median(hue, axis=0)).max(axis=1) > 0.35
-        if away.mean() > 0.005:  # half a per cent: calipers and a logo stay under it
+        # Half a per cent of what is lit and 0.2 % of the picture: calipers, a logo and measurements stay under it.
+        if away.mean() > 0.005 and away.sum() > 0.002 * bright.size:
             return True
     return False
 

@@ -159,7 +159,8 @@ def is_color_doppler(header: Header) -> bool:
 def fan_region(frames: Sequence[NDArray[Any]]) -> Region | None:
     """Where the image moves: the box of the largest connected part that changes over time. Fallback without regions.
 
-    The banner is still (or, like a clock, small). A single frame has no time: the largest lit part is taken then.
+    The banner stands still (or is small, like a clock). None with fewer than three frames, because in a still nothing
+    tells image from text, and None where the box is the whole frame, because then no banner was left out.
     """
     parts = _moving_parts(frames)
     return parts[0] if parts else None
@@ -167,11 +168,9 @@ def fan_region(frames: Sequence[NDArray[Any]]) -> Region | None:
 
 def _moving_parts(frames: Sequence[NDArray[Any]]) -> tuple[Region, ...]:
     """The boxes of all connected parts that change over time and cover 5 % of the frame, largest first."""
-    if not len(frames):
+    if len(frames) < 3:
         return ()
-    step = max(1, len(frames) // 24)
-    stack = [to_gray(f).astype(np.float32) for f in frames[::step]]
-    activity = np.std(stack, axis=0) if len(stack) > 1 else stack[0] / 8.0
+    activity = _activity([to_gray(f) for f in frames[:: max(1, len(frames) // 24)]])
     height, width = activity.shape
     cells = resize(activity, (max(1, height // _CELL), max(1, width // _CELL)))
     # Closing joins speckle, opening cuts thin bridges (rulers, a clock); the frame is padded so that borders survive.
@@ -183,7 +182,21 @@ def _moving_parts(frames: Sequence[NDArray[Any]]) -> tuple[Region, ...]:
         Region(int(columns.start * sx), int(rows.start * sy), int(columns.stop * sx) - 1, int(rows.stop * sy) - 1)
         for rows, columns in ndimage.find_objects(ndimage.label(mask)[0])
     ]
-    return tuple(sorted((r for r in boxes if r.area >= 0.05 * height * width), key=lambda r: (-r.area, r.x0, r.y0)))
+    boxes = [r for r in boxes if 0.05 * height * width <= r.area < 0.95 * height * width]
+    return tuple(sorted(boxes, key=lambda r: (-r.area, r.x0, r.y0)))
+
+
+def _activity(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    """Standard deviation over time, by running sums: a stack of float frames would be hundreds of megabytes."""
+    total = np.zeros(frames[0].shape, dtype=np.float32)
+    squares = np.zeros_like(total)
+    for frame in frames:
+        value = frame.astype(np.float32)
+        total += value
+        squares += value * value
+    total /= len(frames)
+    variance = squares / len(frames) - total * total
+    return np.sqrt(np.maximum(variance, 0.0, out=variance), out=variance)
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
