@@ -1,0 +1,93 @@
+"""Puts the objects of one report together: reads the sources once, draws once, builds each variant once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from pydicom.dataset import Dataset
+
+from dicom_node.errors import StoreError
+from dicom_node.packages import Task
+from dicom_node.report import capture, objects, sr, uids
+from dicom_node.report.context import BuiltObject, ObjectKind, ReportContext, Variant
+from dicom_node.report.normalise import read_source
+from dicom_node.result import Provenance, Refusal, Result
+from dicom_node.study import Instance
+
+
+def build(result: Result, sources: Mapping[str, Instance], context: ReportContext) -> tuple[BuiltObject, ...]:
+    """Every object that some variant wants of this result, SR first."""
+    instances = _needed(result.source_instances, sources)
+    headers = {i.sop_instance_uid: read_source(i.path) for i in instances}
+    content = {"result": result.to_json() | {"seconds": 0}}
+    keys = uids.Uids.of(context, uids.content_digest(content, instances, context))
+    built: list[BuiltObject] = []
+    for variant in _distinct(context.variants, "sr"):
+        document = sr.result_document(result, context, keys)
+        made = sr.build_sr(document, list(headers.values()), context, keys, variant)
+        built.append(_finish("sr", made, variant))
+    wanted = list(_distinct(context.variants, "capture"))
+    syntaxes = {i.sop_instance_uid: i.transfer_syntax_uid for i in instances}
+    for index, finding in enumerate(result.findings):
+        if finding.heatmap is None or not wanted:
+            continue
+        subject = capture.Subject(result, finding, finding.heatmap, index, headers, syntaxes)
+        frames = capture.draw(result, finding, finding.heatmap, context)
+        for variant in wanted:
+            captures = capture.build_captures(subject, frames, context, keys, variant)
+            built += [_finish("capture", made, variant) for made in captures]
+    return tuple(built)
+
+
+def build_not_assessable(
+    refusal: Refusal,
+    task: Task,
+    sources: Mapping[str, Instance],
+    context: ReportContext,
+    provenance: Provenance | None,
+) -> tuple[BuiltObject, ...]:
+    """The SR without a number, for every SR variant wanted."""
+    instances = list(sources.values())
+    if not instances:
+        raise ValueError("a report needs at least one source instance: it says whose patient and study it is")
+    headers = [read_source(i.path) for i in instances]
+    content = {"refusal": [refusal.code, task.task, provenance.package_digest if provenance else ""]}
+    keys = uids.Uids.of(context, uids.content_digest(content, instances, context))
+    built = []
+    for variant in _distinct(context.variants, "sr"):
+        document = sr.refusal_document(
+            refusal,
+            task.series_description,
+            sr.TaskConcepts.of(task),
+            headers,
+            provenance,
+            keys.tracking(task.task, "Study"),
+        )
+        built.append(_finish("sr", sr.build_sr(document, headers, context, keys, variant), variant))
+    return tuple(built)
+
+
+def _needed(wanted: Iterable[str], sources: Mapping[str, Instance]) -> list[Instance]:
+    try:
+        return [sources[uid] for uid in wanted]
+    except KeyError:
+        raise StoreError("a source instance of the result is no longer stored") from None
+
+
+def _distinct(variants: Iterable[Variant], kind: ObjectKind) -> Iterator[Variant]:
+    """One variant for each name: two destinations that want the same get the same object."""
+    seen: dict[str, Variant] = {v.name(kind): v for v in reversed(list(variants)) if kind in v.objects}
+    yield from reversed(seen.values())
+
+
+def _finish(kind: ObjectKind, made: Dataset, variant: Variant) -> BuiltObject:
+    data = objects.encode(made, variant.charset)
+    return BuiltObject(
+        kind=kind,
+        variant=variant.name(kind),
+        sop_class_uid=str(made.SOPClassUID),
+        sop_instance_uid=str(made.SOPInstanceUID),
+        series_instance_uid=str(made.SeriesInstanceUID),
+        transfer_syntax_uid=str(made.file_meta.TransferSyntaxUID),
+        data=data,
+    )
