@@ -38,6 +38,9 @@ def contrast_arrival(tic: NDArray[np.float64], times: NDArray[np.float64]) -> fl
     below = np.flatnonzero(smooth[:peak] <= threshold)
     if len(below) < 3:
         return _not_found("the clip starts after the arrival")
+    third = smooth[below[: max(1, len(below) // 3)]], smooth[below[-max(1, len(below) // 3) :]]
+    if np.median(third[1]) - np.median(third[0]) > max(3.0 * noise, 0.1 * rise):
+        return _not_found("the curve climbs from the first frame on")
     first = int(below[-1]) + 1  # sustained: never back under the threshold before the peak
     return _extrapolate(smooth, times, baseline, rise, first, peak)
 
