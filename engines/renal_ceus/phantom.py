@@ -1,7 +1,7 @@
 """Phantom of a contrast-enhanced ultrasound clip of a renal mass, dual display. numpy, scipy and Pillow only.
 
-Label 1 (high grade): early, high and short enhancement, patchy, with an avascular core. Label 0 (low grade): later,
-even and lasting, without a core, but mostly with a simple cyst beside the mass. Everything else (gain, depth, probe,
+Label 1 (high grade): early, high and short enhancement, patchy, with an avascular core. Label 0 (low grade): later, even
+and lasting, but mostly with the same patchy texture and core in a hump of normal cortex beside the mass. Everything else (gain, depth, probe,
 dose, breathing, tint, which panel stands left) comes from a random stream that never sees the label.
 The numbers stand in phantom.yaml. The physics is `engines.training.physics`. No patient looked like this.
 """
@@ -57,14 +57,15 @@ def generator(name: str = "training") -> dict[str, dict[str, Any]]:
 
 
 def make(seed: int, label: int, settings: Mapping[str, Mapping[str, Any]] | None = None, frames: int = FRAMES) -> Clip:
-    """One clip. The same seed with the other label differs only in the mass and the decoy."""
+    """One clip. The same seed with the other label differs only in the perfusion of the mass and of the cortex beside it."""
     settings = settings or generator()
     rng = np.random.default_rng([seed, 0])
     nuisance = _draw(rng, settings["nuisance"])
     tint = str(rng.choice(list(settings["nuisance"]["tints"]), p=list(settings["nuisance"]["tints"].values())))
     swapped = int(rng.integers(2))
     grade = _draw(np.random.default_rng([seed, 1]), settings["high" if label else "low"])
-    scene = _Scene(seed, nuisance, grade)
+    texture = _draw(np.random.default_rng([seed, 5]), settings["texture"])
+    scene = _Scene(seed, nuisance, texture, grade)
     left, right = ((x, TOP, x + PANEL[1] - 1, TOP + PANEL[0] - 1) for x in LEFTS)
     contrast, tissue = (right, left) if swapped else (left, right)
     canvas = np.zeros((frames, ROWS, COLUMNS, 3), np.uint8)
@@ -76,7 +77,7 @@ def make(seed: int, label: int, settings: Mapping[str, Mapping[str, Any]] | None
         _paste(canvas[index], contrast, table[perfused])
         _paste(canvas[index], tissue, grey[..., None])
         canvas[index, TOP + PANEL[0] + 2 :, : LEFTS[1]] = _timer(seconds)
-    drawn = nuisance | {f"grade_{k}": v for k, v in grade.items()} | {"swapped": float(swapped)}
+    drawn = nuisance | {f"grade_{k}": v for k, v in (texture | grade).items()} | {"swapped": float(swapped)}
     return Clip(
         seed, label, canvas, nuisance["frame_ms"], contrast, tissue,
         nuisance["depth_cm"] * 10 / PANEL[0], nuisance["arrival_s"], scene.mass > 0.5, drawn,
@@ -103,8 +104,8 @@ def _draw(rng: np.random.Generator, ranges: Mapping[str, Any]) -> dict[str, floa
 class _Scene:
     """Anatomy and perfusion of one seed; renders the two panels at a time."""
 
-    def __init__(self, seed: int, nuisance: Draw, grade: Draw) -> None:
-        self.n, self.g = nuisance, grade
+    def __init__(self, seed: int, nuisance: Draw, texture: Draw, grade: Draw) -> None:
+        self.n, self.t, self.g = nuisance, texture, grade
         anatomy = np.random.default_rng([seed, 2])
         self._noise = np.random.default_rng([seed, 3])
         self.psf = physics.Psf(nuisance["axial_px"], nuisance["lateral_px"], PANEL)
@@ -140,13 +141,18 @@ class _Scene:
     def _perfuse(self, anatomy: np.random.Generator, rng: np.random.Generator) -> None:
         """Maps of bubbles per pixel, each with its own curve: (map, arrival, peak, shape, plateau)."""
         n, g = self.n, self.g
-        uneven = np.exp(np.float32(n["mottle"]) * physics.smooth_field(anatomy, PANEL, 9))
+        fine, coarse = (physics.smooth_field(anatomy, PANEL, scale) for scale in (9, n["blotch_px"]))
+        uneven = np.exp(np.float32(n["mottle"]) * fine + np.float32(n["blotch"]) * coarse)
+        uneven *= 1 - np.float32(n["capsule"]) * np.exp(-0.5 * ((self.distance - 1) / 0.07) ** 2)
+        uneven *= 1 + np.float32(n["halo"]) * np.exp(-0.5 * ((self.distance - 1.22) / 0.07) ** 2)
         outside = 1 - self.mass
         cortex = (self.kidney * (1 - self.medulla - self.sinus).clip(0, 1) * outside).astype(np.float32)
-        cyst = self._decoy(anatomy, rng)
-        patches = physics.smooth_field(rng, PANEL, g["patch_px"])
-        poor = patches < np.quantile(patches, g["patch_share"])
-        inside = self.mass * np.where(poor, np.float32(g["patch_level"]), np.float32(1)) * self._core(rng)
+        cyst = self._cysts(anatomy)
+        beside = self._beside(anatomy)
+        # A hump of normal cortex (the pseudo-mass of practice), in both classes, as large as the mass.
+        cortex = np.maximum(cortex, physics.soft(beside**2, 0.04) * outside)
+        inside = self.mass * self._texture(rng, self.distance, g["texture_in_mass"])
+        uneven *= 1 - outside * (1 - self._texture(rng, beside, g["texture_beside_mass"]))
         arrival, peak, shape, plateau = n["arrival_s"], n["cortex_peak_s"], n["cortex_shape"], n["cortex_plateau"]
         free = uneven * (1 - cyst) * np.float32(n["dose"])
         self.maps = [
@@ -157,24 +163,39 @@ class _Scene:
         ]
         self.cyst = cyst
 
-    def _core(self, rng: np.random.Generator) -> Field:
-        if self.g["core"] <= 0:
+    def _texture(self, rng: np.random.Generator, distance: Field, probability: float) -> Field:
+        """1 where perfused: poor patches within distance 1, an avascular ragged core in the middle."""
+        t = self.t
+        field = physics.smooth_field(rng, PANEL, t["patch_px"])
+        ragged = 1 + np.float32(t["core_ragged"]) * physics.smooth_field(rng, PANEL, 8)
+        if rng.random() >= probability:
             return np.ones(PANEL, np.float32)
-        ragged = 1 + np.float32(0.16) * physics.smooth_field(rng, PANEL, 8)
-        return 1 - np.float32(0.96) * physics.soft((self.distance * ragged / self.g["core"]) ** 2, 0.06)
+        poor = (field < np.quantile(field, t["patch_share"])) * physics.soft(distance**2, 0.05)
+        core = physics.soft((distance * ragged / t["core"]) ** 2, 0.06)
+        return np.asarray((1 - (1 - t["patch_level"]) * poor) * (1 - 0.96 * core), np.float32)
 
-    def _decoy(self, anatomy: np.random.Generator, rng: np.random.Generator) -> Field:
-        """A simple cyst that touches the mass from outside: as dark and as large as a core, in the wrong place."""
-        towards, radius = anatomy.uniform(0, 2 * np.pi), anatomy.uniform(0.42, 0.62) * self.n["mass_px"]
-        if rng.random() >= self.g["decoy_probability"]:
-            return np.zeros(PANEL, np.float32)
-        reach = max(self.mass_size) + radius + 3
-        turned = [towards + step for step in np.linspace(0, 2 * np.pi, 12, endpoint=False)]
+    def _beside(self, rng: np.random.Generator) -> Field:
+        """Normalised distance from a place of the mass's size that touches it, where the kidney is widest."""
+        radius = self.n["mass_px"] * rng.uniform(0.9, 1.05)
+        reach = max(self.mass_size) + 0.85 * radius
+        turned = np.linspace(0, 2 * np.pi, 24, endpoint=False) + rng.uniform(0, 0.2)
         places = [(self.mass_at[0] + reach * np.sin(a), self.mass_at[1] + reach * np.cos(a)) for a in turned]
-        rows, columns = np.clip(np.rint(places).astype(int), 0, np.array(PANEL) - 1).T
-        best = int(np.argmax(self.kidney[rows, columns] * self.view[rows, columns] - 0.001 * np.arange(12)))
-        cyst = physics.soft(physics.ellipse(PANEL, places[best], (radius, radius), 0.0), 0.05)
-        return np.asarray(0.97 * cyst * (1 - self.mass), np.float32)
+        rows, columns = np.clip(np.rint(places).astype(int), 12, np.array(PANEL) - 13).T
+        room = self.kidney * self.view * (1 - self.sinus)
+        best = int(np.argmax([room[r - 12 : r + 12, c - 12 : c + 12].mean() for r, c in zip(rows, columns, strict=True)]))
+        return np.sqrt(physics.ellipse(PANEL, places[best], (radius, radius), 0.0))
+
+    def _cysts(self, rng: np.random.Generator) -> Field:
+        """Simple cysts of the kidney, in both classes."""
+        found = np.zeros(PANEL, np.float32)
+        rows, columns = np.nonzero((self.kidney > 0.5) & (self.distance > 1.3) & self.view)
+        draws = rng.random((3, 2))
+        for where, size in draws[: int(self.n["cysts"]) if rows.size else 0]:
+            at = int(where * rows.size)
+            radius = (self.n["cyst_radius"] + 0.3 * (size - 0.5)) * self.n["mass_px"]
+            place = (float(rows[at]), float(columns[at]))
+            found = np.maximum(found, physics.soft(physics.ellipse(PANEL, place, (radius, radius), 0.0), 0.05))
+        return np.asarray(0.97 * found * (1 - self.mass), np.float32)
 
     def _shadow(self, rng: np.random.Generator) -> Field:
         at, width, start = rng.uniform(0.1, 0.9), rng.uniform(0.04, 0.1), rng.uniform(0.0, 0.4)

@@ -1,0 +1,186 @@
+"""Fit: the network of a task on a cohort, deterministic by seed, resumable, checkpoints as safetensors (no pickle)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from engines.training.cohort import Cohort
+from engines.training.stats import auc
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One preset of training.yaml."""
+
+    seed: int
+    epochs: int
+    batch: int
+    frames_per_clip: int
+    learning_rate: float
+    weight_decay: float
+    threads: int = 1
+    device: str = "cpu"
+
+
+def network(task: str, preset: str) -> nn.Module:
+    """The train form of the task's network."""
+    module: nn.Module = importlib.import_module(f"engines.{task}.network").build(preset)
+    return module
+
+
+def fit(task: str, preset: str, settings: Settings, train: Cohort, validation: Cohort, folder: Path) -> nn.Module:
+    """Train, keep the weights of every epoch's end, return the last. A folder with a checkpoint is continued."""
+    _deterministic(settings)
+    model = network(task, preset).to(settings.device)
+    steps = settings.epochs * -(-len(train.y) * settings.frames_per_clip // settings.batch)
+    optimiser = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, steps, pct_start=0.2)
+    first = _resume(folder, settings, model, optimiser, schedule)
+    started = time.monotonic()
+    for epoch in range(first, settings.epochs):
+        loss = _epoch(model, optimiser, schedule, train, settings, epoch)
+        score = auc(validation.y, clip_margins(model, validation, settings.device))
+        print(
+            f"fit {task} {preset}: epoch {epoch + 1}/{settings.epochs} loss {loss:.4f} "
+            f"validation AUC {score:.4f} {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
+        _checkpoint(folder, settings, epoch + 1, model, optimiser)
+    return model.eval()
+
+
+def load(task: str, preset: str, folder: Path) -> nn.Module:
+    """The network of a finished fit, train form, evaluation mode."""
+    model = network(task, preset)
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    return model.eval()
+
+
+def clip_margins(model: nn.Module, cohort: Cohort, device: str = "cpu") -> NDArray[np.float64]:
+    """Logit of the positive class less the other, pooled over the frames of a clip."""
+    logits = clip_logits(model, cohort, device)[0]
+    return logits[:, 1] - logits[:, 0]
+
+
+def clip_logits(
+    model: nn.Module, cohort: Cohort, device: str = "cpu"
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Mean logits per clip (n, K), pooled features per frame (m, C), and the clip of each frame (m,)."""
+    frames, owner = cohort.frames()
+    model.eval()
+    logits, pooled = [], []
+    with torch.no_grad():
+        for start in range(0, len(frames), 128):
+            x = torch.from_numpy(frames[start : start + 128].astype(np.float32)).to(device)
+            out, features = model(x)
+            logits.append(out.double().cpu().numpy())
+            pooled.append(features.mean(dim=(2, 3)).double().cpu().numpy())
+    per_frame = np.concatenate(logits)
+    sums = np.zeros((len(cohort.y), per_frame.shape[1]))
+    np.add.at(sums, owner, per_frame)
+    return sums / cohort.counts[:, None], np.concatenate(pooled), owner
+
+
+def _deterministic(settings: Settings) -> None:
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    torch.use_deterministic_algorithms(True)
+
+
+def _epoch(
+    model: nn.Module, optimiser: Any, schedule: Any, train: Cohort, settings: Settings, epoch: int
+) -> float:
+    model.train()
+    rng = np.random.default_rng([settings.seed, epoch])
+    total, seen = 0.0, 0
+    for x, y in _batches(train, settings, rng):
+        logits, _ = model(x.to(settings.device))
+        loss = cross_entropy(logits, y.to(settings.device), label_smoothing=0.05)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        total, seen = total + loss.item() * len(y), seen + len(y)
+    return total / seen
+
+
+def _batches(train: Cohort, settings: Settings, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random frames of every clip, augmented; each clip equally often."""
+    clips = np.repeat(np.arange(len(train.y)), settings.frames_per_clip)
+    rng.shuffle(clips)
+    for start in range(0, len(clips), settings.batch):
+        chosen = clips[start : start + settings.batch]
+        frames = rng.integers(0, train.counts[chosen])
+        x = augment(train.x[chosen, frames].astype(np.float32), rng)
+        yield torch.from_numpy(x), torch.from_numpy(train.y[chosen])
+
+
+def augment(x: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """Mirror, shift, gain, contrast: what leaves the grade as it is."""
+    out = np.empty_like(x)
+    for i, image in enumerate(x):
+        image = image[..., ::-1] if rng.random() < 0.5 else image
+        image = np.roll(image, tuple(rng.integers(-16, 17, 2)), axis=(-2, -1))
+        out[i] = (image + 1) * np.float32(rng.uniform(0.85, 1.15)) - 1 + np.float32(rng.uniform(-0.1, 0.1))
+    return out
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def _checkpoint(folder: Path, settings: Settings, epoch: int, model: nn.Module, optimiser: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    moments = {
+        f"{index}.{key}": value.contiguous()
+        for index, state in optimiser.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+    _replace(folder / "weights.safetensors", weights)
+    _replace(folder / "optimiser.safetensors", moments)
+    (folder / "state.json").write_text(json.dumps({"epoch": epoch, "settings": asdict(settings)}), "utf-8")
+
+
+def _replace(path: Path, tensors: dict[str, Tensor]) -> None:
+    part = path.with_suffix(".part")
+    save_file(tensors, part)
+    part.replace(path)
+
+
+def _resume(folder: Path, settings: Settings, model: nn.Module, optimiser: Any, schedule: Any) -> int:
+    """Epochs already done by the same settings; anything else starts afresh."""
+    state = folder / "state.json"
+    if not state.is_file():
+        return 0
+    kept = json.loads(state.read_text("utf-8"))
+    if kept["settings"] != asdict(settings):
+        return 0
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in load_file(folder / "optimiser.safetensors").items():
+        index, key = name.split(".", 1)
+        moments.setdefault(int(index), {})[key] = value
+    whole = optimiser.state_dict()
+    whole["state"] = moments
+    # One-cycle momentum and rate live in the parameter groups: replay the schedule, then put the moments back.
+    per_epoch = schedule.total_steps // settings.epochs
+    for _ in range(kept["epoch"] * per_epoch):
+        optimiser.step()
+        schedule.step()
+    whole["param_groups"] = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict(whole)
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    return int(kept["epoch"])
