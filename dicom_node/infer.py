@@ -63,8 +63,9 @@ class InferStage:
         lease = self._config.timeout_seconds + 60
         with self._ledger.write() as tx:
             job = jobs.claim(tx, Stage.INFER, self._ledger.clock(), lease)
-            if job is None:
-                return False
+        if job is None:
+            return False
+        with self._ledger.read() as tx:
             study = studies.load_study(tx, job.study_uid, job.revision, self._path_of)
             previous = jobs.last_answer(tx, job.study_uid, job.route, job.revision)
         route = self._routes.get(job.route)
@@ -82,7 +83,7 @@ class InferStage:
         return True
 
     def _record(self, job: Job, route: Route, reply: Reply) -> None:
-        about = {
+        about: dict[str, Any] = {
             "engine": route.engine,
             "package": str(reply.package.get("version", "")),
             "digest": str(reply.package.get("digest", "")),
@@ -101,16 +102,17 @@ class InferStage:
         else:
             self._fault(job, f"the worker answered {reply.outcome} without a body")
 
-    def _refuse(self, job: Job, route: Route, refusal: Refusal, about: dict[str, str]) -> None:
+    def _refuse(self, job: Job, route: Route, refusal: Refusal, about: dict[str, Any]) -> None:
         report = None
         if route.not_assessable == "sr" and route.mode == "live":
             report = {
                 "refusal": {"code": str(refusal.code), "detail": refusal.detail},
                 "destinations": list(route.deliver),
+                "series": job.payload.get("series", []),
             }
         self._end(job, Ending(Outcome.REFUSED, refusal.code, refusal.detail, **about), report=report)
 
-    def _result(self, job: Job, route: Route, result: Result, about: dict[str, str]) -> None:
+    def _result(self, job: Job, route: Route, result: Result, about: dict[str, Any]) -> None:
         output = result.to_json()
         for finding in result.findings:
             for score in finding.scores:

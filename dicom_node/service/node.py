@@ -108,7 +108,7 @@ class Node:
         timing = assemble.timing(config)
         self._index = IndexStage(ledger, self._files, timing, config.receive.priority_ae, log, metrics)
         self._assembling = AssembleStage(ledger, timing, lambda: self.view.open_associations, log, metrics)
-        routing = RouteStage(config, ledger, self._files.object_path, log, metrics)
+        routing = RouteStage(config, ledger, self._files.path_of, log, metrics)
         reporting = ReportStage(config, ledger, self._files, log, metrics)
         upkeeping = upkeep.Upkeep(config, ledger, self._files, log, metrics)
         loops = [
@@ -119,7 +119,7 @@ class Node:
             StageLoop("upkeep", upkeeping.run_once, log, metrics, idle_seconds=upkeep.PERIOD),
         ]
         for number, worker in enumerate(self._workers):
-            stage = InferStage(config, ledger, self._files.object_path, _predict(worker, config), log, metrics)
+            stage = InferStage(config, ledger, self._files.path_of, _predict(worker, config), log, metrics)
             loops.append(StageLoop(f"infer:{number}", stage.run_once, log, metrics))
         for name, destination in config.deliver.destinations.items():
             delivering = DeliverStage(

@@ -61,7 +61,10 @@ def explain(config: Config, study_uid: str) -> Answer:
 
 def explain_text(answer: Answer) -> str:
     """For a terminal."""
-    lines = [f"study {answer['study']}", f"state {answer['state']}" + (f" ({answer['hold']})" if answer["hold"] else "")]
+    lines = [
+        f"study {answer['study']}",
+        f"state {answer['state']}" + (f" ({answer['hold']})" if answer["hold"] else ""),
+    ]
     lines.append(f"revision {answer['revision']}, {answer['instances']} instances")
     for o in answer["outcomes"]:
         said = str(o["outcome"] or o["state"]) + (f" ({o['code']})" if o["code"] else "")

@@ -26,6 +26,7 @@ class Output:
     variant: str
     sop_class_uid: str
     transfer_syntax_uid: str
+    series_uid: str
     file: str
     sha256: str
 
@@ -69,6 +70,7 @@ def add_output(tx: sa.Connection, new: Output, now: float) -> None:
                 variant=new.variant,
                 sop_class_uid=new.sop_class_uid,
                 transfer_syntax_uid=new.transfer_syntax_uid,
+                series_uid=new.series_uid,
                 file=new.file,
                 sha256=new.sha256,
                 created_at=now,
@@ -243,10 +245,10 @@ def backlog(tx: sa.Connection) -> dict[str, tuple[int, float]]:
     return {name: (count, oldest) for name, count, oldest in rows}
 
 
-def sr_of_earlier_revisions(tx: sa.Connection, study_uid: str, route: str, revision: int) -> list[tuple[str, str, str]]:
-    """(SOP Class UID, SOP Instance UID, variant) of this route's SRs of earlier revisions: the predecessors."""
+def earlier_srs(tx: sa.Connection, study_uid: str, route: str, revision: int) -> list[Output]:
+    """This route's SRs of earlier revisions: the predecessors of the new one, each of its own variant."""
     rows = tx.execute(
-        sa.select(output.c.sop_class_uid, output.c.sop_uid, output.c.variant)
+        sa.select(output)
         .where(
             output.c.study_uid == study_uid,
             output.c.route == route,
@@ -254,8 +256,8 @@ def sr_of_earlier_revisions(tx: sa.Connection, study_uid: str, route: str, revis
             output.c.revision < revision,
         )
         .order_by(output.c.revision, output.c.sop_uid)
-    ).all()
-    return [(a, b, c) for a, b, c in rows]
+    ).mappings()
+    return [Output(**{name: row[name] for name in Output.__dataclass_fields__}) for row in rows]
 
 
 def dead_counts(tx: sa.Connection) -> dict[str, int]:

@@ -189,6 +189,16 @@ def lock_root(root: Path, role: str) -> RootLock:
     return RootLock(fd)
 
 
+def node_namespace(root: Path) -> str:
+    """A random UUID that is this root's for ever: what UIDs are derived from. Losing it would give new UIDs."""
+    path = root / "run" / "namespace"
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        write_durable(path, str(uuid.uuid4()).encode())
+        return path.read_text(encoding="ascii").strip()
+
+
 class Files:
     """The folders of one store root and what may be done in them."""
 
@@ -242,6 +252,11 @@ class Files:
             if path.exists():
                 return path
         raise StoreError(f"instance {instance_id} is gone from the disk")
+
+    def path_of(self, instance_id: str) -> Path:
+        """As `object_path`; of an instance that is gone, where it would lie: whoever opens it finds out."""
+        waiting = self._incoming(instance_id)
+        return waiting if waiting.exists() else self._object(instance_id)
 
     def move_to_objects(self, instance_id: str) -> Path:
         """After its row is committed. Durable, and harmless when repeated."""

@@ -17,6 +17,8 @@ from dicom_node.store.schema import JobState, Outcome, Stage, job, study
 
 AGEING_SECONDS = 300.0
 """A job that has waited so long counts one priority more, so that routine studies do not starve behind STAT ones."""
+MAX_SILENT = 5
+"""Attempts after which a job that never answers is DEAD."""
 HELD = 1e12
 """run_at of a job that waits for an operator (route option if_incomplete: hold)."""
 
@@ -89,6 +91,7 @@ def put(
 
 def claim(tx: sa.Connection, stage: Stage, now: float, lease_seconds: float) -> Job | None:
     """The most urgent job that may run: READY and due, or with a lease that ran out; none of a held study."""
+    _bury(tx, stage, now)
     due = sa.or_(
         sa.and_(job.c.state == JobState.READY, job.c.run_at <= now),
         sa.and_(job.c.state == JobState.RUNNING, job.c.lease < now),
@@ -122,6 +125,17 @@ def claim(tx: sa.Connection, stage: Stage, now: float, lease_seconds: float) -> 
             row["priority"],
             row["created_at"],
             json.loads(row["payload"]),
+        )
+    )
+
+
+def _bury(tx: sa.Connection, stage: Stage, now: float) -> None:
+    """A job whose attempts keep ending without a word (a defect of ours) must not come back for ever."""
+    tx.execute(
+        job.update()
+        .where(job.c.stage == stage, job.c.state == JobState.RUNNING, job.c.lease < now, job.c.attempts >= MAX_SILENT)
+        .values(
+            state=JobState.DEAD, lease=None, done_at=now, code="FAULT", detail="every attempt ended without an answer"
         )
     )
 

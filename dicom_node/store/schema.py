@@ -143,6 +143,7 @@ output = sa.Table(
     sa.Column("variant", sa.String(32), nullable=False),
     sa.Column("sop_class_uid", sa.String(64), nullable=False),
     sa.Column("transfer_syntax_uid", sa.String(64), nullable=False),
+    sa.Column("series_uid", sa.String(64), nullable=False),
     sa.Column("file", sa.String(40), nullable=False),  # name under <root>/outputs
     sa.Column("sha256", sa.String(64), nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),

@@ -164,7 +164,7 @@ def test_retention_spares_what_is_pending_or_dead(ledger, clock):
     add(ledger, instance("1.1", at=now))
     assembled(ledger, 1)
     with ledger.write() as tx:
-        made = Output("5.5", "1.2.3", 1, "r", "sr", "comprehensive3d", "c", "t", "f.dcm", "s")
+        made = Output("5.5", "1.2.3", 1, "r", "sr", "comprehensive3d", "c", "t", "1.5", "f.dcm", "s")
         deliveries.add_output(tx, made, now)
         deliveries.add_delivery(tx, to="pacs", sop_uid="5.5", study_uid="1.2.3", priority=0, now=now)
     clock.advance(30 * 86400)
@@ -191,7 +191,7 @@ def test_retention_spares_what_is_pending_or_dead(ledger, clock):
 def test_status_counts_studies_and_names_the_oldest_undelivered(ledger, clock):
     add(ledger, instance("1.1", at=clock()))
     with ledger.write() as tx:
-        deliveries.add_output(tx, Output("5.5", "1.2.3", 1, "r", "sr", "v", "c", "t", "f", "s"), clock())
+        deliveries.add_output(tx, Output("5.5", "1.2.3", 1, "r", "sr", "v", "c", "t", "1.5", "f", "s"), clock())
         deliveries.add_delivery(tx, to="pacs", sop_uid="5.5", study_uid="1.2.3", priority=0, now=clock())
         deliveries.pause(tx, "pacs", "calling AE title not recognised", clock(), clock() + 900)
     clock.advance(90)

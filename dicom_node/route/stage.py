@@ -1,0 +1,138 @@
+"""The route stage: judges each route on its own and commits its verdicts together with the jobs that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from dicom_node.config import Config, Route
+from dicom_node.log import Log
+from dicom_node.metrics import Recorder
+from dicom_node.result import Refusal, RefusalCode
+from dicom_node.route import Verdict, evaluate_all, missing_requirements, select_priority, unrouted_code
+from dicom_node.store import jobs, studies
+from dicom_node.store.jobs import Ending, Job
+from dicom_node.store.ledger import Ledger, add_event
+from dicom_node.store.schema import Outcome, Stage
+from dicom_node.study import Study
+
+LEASE_SECONDS = 300.0
+
+
+class RouteStage:
+    """Claims route jobs; puts infer jobs, or the answer that there will be none."""
+
+    def __init__(
+        self, config: Config, ledger: Ledger, path_of: Callable[[str], Path], log: Log, recorder: Recorder
+    ) -> None:
+        self._config, self._ledger, self._path_of, self._log, self._recorder = config, ledger, path_of, log, recorder
+        self._routes = {route.name: route for route in config.routes}
+
+    def run_once(self) -> bool:
+        """One study. True = there was one."""
+        with self._ledger.write() as tx:
+            job = jobs.claim(tx, Stage.ROUTE, self._ledger.clock(), LEASE_SECONDS)
+        if job is None:
+            return False
+        with self._ledger.read() as tx:
+            study = studies.load_study(tx, job.study_uid, job.revision, self._path_of)
+        verdicts = evaluate_all(self._config.routes, study, {})
+        taken = [v for v in verdicts if v.matched and v.refusal is None]
+        ending = self._ending(verdicts)
+        now = self._ledger.clock()
+        with self._ledger.write() as tx:
+            if not jobs.finish(tx, job, ending, now):
+                return True  # a newer revision took over
+            for verdict in verdicts:
+                self._follow(tx, job, study, verdict, now)
+            self._tell(tx, job, verdicts, ending, now)
+        self._recorder.inc("dicom_node_jobs_total", stage="route", outcome=str(ending.outcome), route="")
+        if ending.outcome is Outcome.UNROUTED:
+            self._recorder.inc("dicom_node_refusals_total", route="", code=ending.code)
+        routes = ",".join(v.route for v in taken)
+        self._log.info("routed", study=self._log.uid(job.study_uid), job=job.id, outcome=ending.outcome, routes=routes)
+        return True
+
+    def _ending(self, verdicts: tuple[Verdict, ...]) -> Ending:
+        output = {"verdicts": [v.to_json() for v in verdicts]}
+        if any(v.matched for v in verdicts):
+            return Ending(Outcome.ROUTED, output=output)
+        code = unrouted_code(verdicts)
+        return Ending(Outcome.UNROUTED, code, code.sentence, output=output)
+
+    def _follow(self, tx: sa.Connection, job: Job, study: Study, verdict: Verdict, now: float) -> None:
+        """The infer job of a route that took the study; a DONE one when the answer is a refusal already."""
+        if not verdict.matched:
+            return
+        route = self._routes[verdict.route]
+        priority = max(job.priority, select_priority(route, study, self._config.receive.priority_ae))
+        refusal, run_at = verdict.refusal, self._run_at(tx, route, study, now)
+        if refusal is None and not job.payload.get("incomplete_accepted"):
+            missing = missing_requirements(route.require, study, {})
+            if missing and route.if_incomplete == "give_up":
+                refusal = Refusal(RefusalCode.INCOMPLETE, "missing: " + ", ".join(missing))
+            elif missing and route.if_incomplete == "hold":
+                run_at = jobs.HELD
+                text = f"{route.name}: held, missing: {', '.join(missing)} (dicom-node complete lets it go on)"
+                add_event(tx, now, job.study_uid, "HELD_INCOMPLETE", text)
+        payload = {"series": list(verdict.series)}
+        if refusal is None:
+            self._put(tx, job, Stage.INFER, route, priority, now, run_at=run_at, payload=payload)
+            return
+        ending = Ending(Outcome.REFUSED, refusal.code, refusal.detail, engine=route.engine)
+        self._put(tx, job, Stage.INFER, route, priority, now, payload=payload, ending=ending)
+        self._recorder.inc("dicom_node_refusals_total", route=route.name, code=str(refusal.code))
+        if route.not_assessable == "sr" and route.mode == "live":
+            report = {
+                "refusal": {"code": str(refusal.code), "detail": refusal.detail},
+                "destinations": list(route.deliver),
+                "series": list(verdict.series),
+                "created_at": now,
+                "engine": route.engine,
+            }
+            self._put(tx, job, Stage.REPORT, route, priority, now, payload=report)
+
+    def _run_at(self, tx: sa.Connection, route: Route, study: Study, now: float) -> float:
+        """A route may want a longer quiet time than the study timer: its job waits; a late instance supersedes it."""
+        quiet = route.assemble.quiet_seconds
+        if quiet is None:
+            quiet = self._config.assemble.quiet_seconds
+        last = max(i.received_at for i in study.instances)
+        cap = min(i.received_at for i in study.instances) + self._config.assemble.force_after_seconds
+        return max(now, min(last + quiet, cap))
+
+    def _put(
+        self,
+        tx: sa.Connection,
+        job: Job,
+        stage: Stage,
+        route: Route,
+        priority: int,
+        now: float,
+        *,
+        run_at: float | None = None,
+        payload: dict[str, object],
+        ending: Ending | None = None,
+    ) -> None:
+        jobs.put(
+            tx,
+            study_uid=job.study_uid,
+            revision=job.revision,
+            stage=stage,
+            route=route.name,
+            priority=priority,
+            now=now,
+            run_at=run_at,
+            payload=payload,
+            ending=ending,
+        )
+
+    def _tell(self, tx: sa.Connection, job: Job, verdicts: tuple[Verdict, ...], ending: Ending, now: float) -> None:
+        if ending.outcome is Outcome.UNROUTED:
+            add_event(tx, now, job.study_uid, "UNROUTED", f"{ending.code}: {ending.detail}")
+        for verdict in verdicts:
+            if verdict.matched:
+                said = "taken" if verdict.refusal is None else f"refused, {verdict.refusal}"
+                add_event(tx, now, job.study_uid, "ROUTED", f"{verdict.route}: {said}")
