@@ -23,6 +23,7 @@ from dicom_node.deliver import DeliverStage
 from dicom_node.infer import InferStage, Reply
 from dicom_node.log import Log, make_log
 from dicom_node.metrics import Health, Metrics, serve
+from dicom_node.packages import task_of
 from dicom_node.report.stage import ReportStage
 from dicom_node.route.stage import RouteStage
 from dicom_node.service import upkeep
@@ -109,7 +110,9 @@ class Node:
         self._index = IndexStage(ledger, self._files, timing, config.receive.priority_ae, log, metrics)
         self._assembling = AssembleStage(ledger, timing, lambda: self.view.open_associations, log, metrics)
         routing = RouteStage(config, ledger, self._files.path_of, log, metrics)
-        reporting = ReportStage(config, ledger, self._files, log, metrics)
+        reporting = ReportStage(
+            config, ledger, self._files, lambda name: task_of(config.engines.path, name), log, metrics
+        )
         upkeeping = upkeep.Upkeep(config, ledger, self._files, log, metrics)
         loops = [
             StageLoop("index", self._index.run_once, log, metrics, idle_seconds=0.5),
@@ -119,7 +122,7 @@ class Node:
             StageLoop("upkeep", upkeeping.run_once, log, metrics, idle_seconds=upkeep.PERIOD),
         ]
         for number, worker in enumerate(self._workers):
-            stage = InferStage(config, ledger, self._files.path_of, _predict(worker, config), log, metrics)
+            stage = InferStage(config, ledger, self._files.path_of, predict_with(worker, config), log, metrics)
             loops.append(StageLoop(f"infer:{number}", stage.run_once, log, metrics))
         for name, destination in config.deliver.destinations.items():
             delivering = DeliverStage(
@@ -228,7 +231,9 @@ class Node:
         return apply_command(self.ledger, message)
 
 
-def _predict(worker: WorkerClient, config: Config) -> Callable[[Job, Route, Study, str | None], Reply]:
+def predict_with(worker: WorkerClient, config: Config) -> Callable[[Job, Route, Study, str | None], Reply]:
+    """What the infer stage calls: one job, one worker, one deadline."""
+
     def predict(job: Job, route: Route, study: Study, previous: str | None) -> Reply:
         return worker.run(job, route, study, previous, config.infer.timeout_seconds)
 

@@ -84,12 +84,117 @@ def explain_text(answer: Answer) -> str:
     lines += [f"  {_clock(e['at'])}  {e['code']:<20} {e['text']}" for e in answer["events"]]
     if answer["evidence"]:
         lines.append("how the routes judged it")
-        lines += _verdicts_text(answer["evidence"])
+        lines += [line for verdict in answer["evidence"] for line in ("", *_verdict_lines(verdict))]
     return "\n".join(lines)
+
+
+def _verdict_lines(verdict: Answer) -> list[str]:
+    from dicom_node.route import format_verdict
+
+    return ["  " + line for line in format_verdict(verdict).splitlines()]
 
 
 def _clock(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def explain_files(config: Config, paths: list[Path]) -> Answer:
+    """How the routes would judge these files, attribute by attribute, rule by rule."""
+    from dicom_node.route import explain_files as judge
+    from dicom_node.store.header import read_header
+
+    files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if not f.is_dir()]
+    return judge(config.routes, files, read_header, called_ae=config.receive.ae_title)
+
+
+def explain_files_text(answer: Answer) -> str:
+    """For a terminal."""
+    from dicom_node.route import format_explanation
+
+    return format_explanation(answer)
+
+
+# -- echo, engines
+
+
+def echo(config: Config, name: str) -> tuple[Answer, int]:
+    """C-ECHO one destination. Raises UnknownTargetError."""
+    from dicom_node.dimse.sender import Sender
+
+    destination = config.deliver.destinations.get(name)
+    if destination is None:
+        known = ", ".join(config.deliver.destinations) or "none is defined"
+        raise UnknownTargetError(f"no destination {name!r} in deliver.destinations ({known})")
+    started = time.monotonic()
+    sender = Sender(config.receive.ae_title)
+    outcome = sender.echo(destination)
+    sender.close()
+    seconds = round(time.monotonic() - started, 3)
+    return {"destination": name, "ok": outcome.ok, "seconds": seconds, "reason": outcome.reason}, 0 if outcome.ok else 1
+
+
+def echo_text(answer: Answer) -> str:
+    """For a terminal."""
+    said = f"answered in {answer['seconds']:.3f} s" if answer["ok"] else f"does not answer: {answer['reason']}"
+    return f"{answer['destination']} {said}"
+
+
+def engines_list(config: Config) -> list[Answer]:
+    """Tasks and packages, and whether they are accepted on this machine."""
+    from dicom_node import packages
+
+    return packages.engines_list(config)
+
+
+def engines_text(answer: list[Answer]) -> str:
+    """For a terminal."""
+    lines = []
+    for engine in answer:
+        said = "available" if engine["available"] else f"not available: {engine['reason']}"
+        lines.append(f"{engine['task']}: {engine['title']}\n  {said}")
+        if engine["version"]:
+            lines.append(
+                f"  package {engine['version']} ({engine['intended_use']}), {engine['algorithm']}, "
+                f"digest {str(engine['digest'])[:16]}…"
+            )
+        lines += [f"  {backend}: {state}" for backend, state in engine["backends"].items()]
+    return "\n".join(lines) or "no task folder under engines.path"
+
+
+# -- infer, check: see their own files
+
+
+def infer_folder(config: Config, folder: Path, out: Path) -> tuple[Answer, int]:
+    """The same line over files."""
+    from dicom_node.service import folder as offline
+
+    return offline.infer_folder(config, folder, out)
+
+
+def infer_text(answer: Answer) -> str:
+    """For a terminal."""
+    lines = [f"{answer['files']} files, {len(answer['studies'])} studies"]
+    lines += [f"rejected: {r['file']}: {r['reason']}" for r in answer["rejected"]]
+    for study in answer["studies"]:
+        lines.append(f"study {study['study']}")
+        for o in study["outcomes"]:
+            said = str(o["outcome"] or o["state"]) + (f" ({o['code']})" if o["code"] else "")
+            lines.append(f"  {o['route'] or 'no route'}: {said}" + (f": {o['detail']}" if o["detail"] else ""))
+        lines += [f"  {path}" for path in study["objects"]]
+    return "\n".join(lines)
+
+
+def check(config: Config) -> tuple[Answer, int]:
+    """Is this configuration usable on this machine?"""
+    from dicom_node.service import checks
+
+    return checks.check(config)
+
+
+def check_text(answer: Answer) -> str:
+    """For a terminal."""
+    lines = [f"{f['level']:<8}{f['about']:<26}{f['text']}" for f in answer["findings"]]
+    return "\n".join([*lines, "well" if answer["ok"] else "not well: see above"])
 
 
 # -- orders
