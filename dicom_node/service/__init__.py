@@ -1,1 +1,1 @@
-"""The running node: `node.py` composes the stages; `listening.py` keeps the listener; `operate.py` serves the operator."""
+"""The running node: `node.py` composes the stages, `listening.py` keeps the listener, `operate.py` serves operators."""

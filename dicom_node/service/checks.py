@@ -90,8 +90,8 @@ def _withheld(config: Config, route: str, names: tuple[str, ...]) -> Iterator[Fi
     for name in names:
         if not config.deliver.destinations[name].takes_demonstration:
             text = (
-                f"results for {name} are withheld: the package is for demonstration, and {name} is neither loopback nor "
-                "has accept_demonstration: true"
+                f"results for {name} are withheld: the package is for demonstration, and {name} is neither "
+                "loopback nor has accept_demonstration: true"
             )
             yield "warning", f"route {route}", text
 

@@ -120,8 +120,14 @@ class _Line:
                 tx.execute(sa.select(schema.study.c.uid).where(schema.study.c.due_at.is_not(None))).scalars().all()
             ):
                 assemble.complete(tx, uid, now)
-        while any([stage.run_once() for stage in self.stages]) or self._waiting():
+        while self._turn() or self._waiting():
             pass
+
+    def _turn(self) -> bool:
+        worked = False
+        for stage in self.stages:
+            worked |= stage.run_once()
+        return worked
 
     def _waiting(self) -> bool:
         """A failed attempt waits a moment before the next."""

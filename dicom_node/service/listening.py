@@ -1,7 +1,7 @@
 """The listener's process and the stages process's view of it.
 
-The listener knows files only. It talks over a socket of JSON lines: inherited from `dicom-node run` (`--link-fd`), or the
-control socket when systemd supervises the two halves apart. Hints may be lost: the index sweeps `incoming/` anyway.
+The listener knows files only. It talks over a socket of JSON lines: inherited from `dicom-node run` (`--link-fd`), or
+the control socket when systemd supervises the two halves apart. Hints may be lost: the index sweeps `incoming/` anyway.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SEND_TIMEOUT = 2.0
 
 
 class SocketLink:
-    """The listener's end: `send` never waits long and never raises; without a stages process it drops what it is given."""
+    """The listener's end: `send` never waits long and never raises; without a stages process it drops the message."""
 
     def __init__(self, open_socket: Callable[[], socket.socket]) -> None:
         self._open_socket = open_socket
@@ -83,7 +83,7 @@ def run_listener(config: Config, link_fd: int | None) -> int:
     if inherited is None:
         from dicom_node.service.notify import notify
 
-        print(f"listening {config.receive.ae_title}@{address[0]}:{address[1]}", flush=True)
+        print(f"listening {config.receive.ae_title}@{address[0]}:{address[1]}", flush=True)  # noqa: T201  the interface
         notify("READY=1")
         threading.Thread(target=_watchdog, args=(stop, notify), daemon=True).start()
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from dicom_node.assemble import AssembleStage
 from dicom_node.config import Config, Route
 from dicom_node.deliver import DeliverStage
 from dicom_node.infer import InferStage, Reply
-from dicom_node.log import Log, make_log
+from dicom_node.log import make_log
 from dicom_node.metrics import Health, Metrics, serve
 from dicom_node.packages import task_of
 from dicom_node.report.stage import ReportStage

@@ -73,13 +73,7 @@ def explain_text(answer: Answer) -> str:
             lines.append(f"  {o['detail']}")
         if o["engine"] and o["package"]:
             lines.append(f"  engine {o['engine']}, package {o['package']}, digest {str(o['digest'])[:16]}…")
-    for d in answer["deliveries"]:
-        lines.append(
-            f"delivery to {d['destination']}: {d['state']}"
-            + (f", status {d['status']}" if d["status"] else "")
-            + f", {d['attempts']} attempts, {d['sop_instance_uid']}"
-            + (f": {d['reason']}" if d["reason"] else "")
-        )
+    lines += [_delivery_line(d) for d in answer["deliveries"]]
     lines.append("what happened")
     lines += [f"  {_clock(e['at'])}  {e['code']:<20} {e['text']}" for e in answer["events"]]
     if answer["evidence"]:
@@ -92,6 +86,12 @@ def _verdict_lines(verdict: Answer) -> list[str]:
     from dicom_node.route import format_verdict
 
     return ["  " + line for line in format_verdict(verdict).splitlines()]
+
+
+def _delivery_line(d: Answer) -> str:
+    said = f"delivery to {d['destination']}: {d['state']}" + (f", status {d['status']}" if d["status"] else "")
+    said += f", {d['attempts']} attempts, {d['sop_instance_uid']}"
+    return said + (f": {d['reason']}" if d["reason"] else "")
 
 
 def _clock(at: float) -> str:
