@@ -1,7 +1,7 @@
 """`dicom-node demo`: the whole line once, as a user would run it, on this machine and nothing else.
 
-A real `dicom-node run` (its own process, the shipped config.yaml on free ports), a receiving PACS, one phantom renal CEUS
-study and one real ultrasound clip. The phantom must come back as SR and heatmap; the real clip must get no number.
+A real `dicom-node run` (its own process, the shipped config.yaml on free ports), a receiving PACS, one phantom renal
+CEUS study and one real ultrasound clip. The phantom must come back as SR and heatmap; the real clip must get no number.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def run_listener(config: Config, link_fd: int | None) -> int:
         notify("READY=1")
         threading.Thread(target=_watchdog, args=(stop, notify), daemon=True).start()
     else:
-        # Our parent is gone, however it ended: leave the port to its successor at once. What was acknowledged is on disk.
+        # Our parent is gone, however it ended: leave the port to its successor at once. What was acknowledged is durable.
         def leave() -> None:
             link.wait_for_end()
             os._exit(0)
