@@ -8,6 +8,7 @@ knows no retired source SOP Class. Everything the library takes from the clock o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from io import BytesIO
@@ -110,7 +111,7 @@ def carry(source: Dataset, made: Dataset) -> None:
     """Copy the attributes of the same patient and study."""
     for keyword in CARRIED:
         if keyword in source:
-            made[keyword] = source[keyword]
+            made[keyword] = deepcopy(source[keyword])  # setting a value later would change the source too
 
 
 def code_item(code: Code) -> Dataset:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -288,8 +289,7 @@ def _image_library(sources: Sequence[Dataset]) -> hd.sr.ContainerContentItem | N
     for source in sources:
         described = source
         if source.SOPClassUID in _SUCCESSOR:
-            described = Dataset()
-            described.update(source)
+            described = deepcopy(source)
             described.SOPClassUID = _SUCCESSOR[source.SOPClassUID]
         try:
             descriptors = hd.sr.templates.ImageLibraryEntryDescriptors(described)

@@ -20,8 +20,9 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from dicom_node import report
 from dicom_node.config import Report as ReportConfig
+from dicom_node.packages import Task
 from dicom_node.report import BuiltObject, ReportContext, Variant
-from dicom_node.result import ArrayFile, Code, Finding, FrameRef, Heatmap, Provenance, Result, Score
+from dicom_node.result import ArrayFile, Code, Finding, FrameRef, Heatmap, Provenance, Refusal, Result, Score
 from dicom_node.study import Header, Instance
 
 US_MULTIFRAME = "1.2.840.10008.5.1.4.1.1.3.1"
@@ -31,6 +32,22 @@ KIDNEY = Code("64033007", "SCT", "Kidney")
 THYROID = Code("69748006", "SCT", "Thyroid")
 RIGHT = Code("24028007", "SCT", "Right")
 OUTCOME = Code("PROB-HIGHGRADE", "99INFER", "Probability of high nuclear grade")
+
+
+TASK = Task.model_validate(
+    {
+        "schema": 1, "task": "renal_ceus", "title": "Grade of a renal mass", "unit": "lesion", "modality": "US",
+        "series_description": "AI renal CEUS ccRCC grade", "study_reference": "a study", "paired": True,
+        "indication": {"value": "IND-CCRCC", "scheme": "99INFER", "meaning": "Suspected ccRCC"},
+        "finding": {"value": "108369006", "scheme": "SCT", "meaning": "Neoplasm"},
+        "site": {"value": "64033007", "scheme": "SCT", "meaning": "Kidney"},
+        "outcome": {"value": "PROB-HIGHGRADE", "scheme": "99INFER", "meaning": "Probability of high nuclear grade"},
+        "categories": {
+            name: {"value": value, "scheme": "99INFER", "meaning": value.title()}
+            for name, value in (("name", "RISKCAT"), ("high", "HIGH"), ("low", "LOW"), ("indeterminate", "INDET"))
+        },
+    }
+)  # fmt: skip
 
 
 def us_clip(number: int = 1, **changes: Any) -> Dataset:
@@ -148,10 +165,30 @@ class Case:
         built = self.build(variants=(Variant(objects=(kind,), **variant),))
         return built[0]
 
+    def sr(self, **variant: Any) -> Dataset:
+        return self.read(self.only("sr", **variant))
+
+    def capture(self, **variant: Any) -> Dataset:
+        return self.read(self.only("capture", **variant))
+
+    def not_assessable(self, refusal: Refusal, *, provenance: bool = True, **changes: Any) -> BuiltObject:
+        used = self.result().provenance if provenance else None
+        (built,) = report.build_not_assessable(refusal, TASK, self.sources, self.report_context(**changes), used)
+        return built
+
+    @staticmethod
+    def read(built: BuiltObject) -> Dataset:
+        return pydicom.dcmread(BytesIO(built.data))
+
     def save(self, built: BuiltObject) -> Path:
         path = self.folder / f"{built.sop_instance_uid}.dcm"
         path.write_bytes(built.data)
         return path
+
+
+@pytest.fixture
+def clip() -> Callable[..., Dataset]:
+    return us_clip
 
 
 @pytest.fixture
@@ -166,11 +203,7 @@ def empty_case(tmp_path: Path) -> Case:
     return Case(tmp_path)
 
 
-def read(built: BuiltObject) -> Dataset:
-    return pydicom.dcmread(BytesIO(built.data))
-
-
-def tool(*command: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def run_tool(*command: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Run a validator; skipped by name where it is not installed."""
     if shutil.which(str(command[0])) is None:
         pytest.skip(f"needs {command[0]}")
@@ -184,8 +217,14 @@ def dciodvfy() -> Callable[[Path], list[str]]:
     """The errors and warnings of dciodvfy, without the warning that every private code draws."""
 
     def run(path: Path) -> list[str]:
-        done = tool("dciodvfy", "-new", path)
+        done = run_tool("dciodvfy", "-new", path)
         lines = (done.stdout + done.stderr).splitlines()
+        assert lines and not lines[0].startswith(("Error", "Warning")), "the first line names the IOD it recognised"
         return [x for x in lines if x.startswith(("Error", "Warning")) and "99INFER" not in x]
 
     return run
+
+
+@pytest.fixture
+def tool() -> Callable[..., subprocess.CompletedProcess[str]]:
+    return run_tool
