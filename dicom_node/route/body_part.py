@@ -18,6 +18,7 @@ its three classes together (3), decides nothing.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ WEIGHTS: Final[Mapping[str, int]] = {
     "region": 1,
 }
 """Weight of one class of evidence; within a class the strongest counts, once."""
+MAX_VALUES: Final = 500
+"""Differing values that one series may have in the attributes read here: a real one has a handful."""
 MAX_SHOWN: Final = 24
 """Pieces of evidence kept for `explain`, strongest first; all are added up."""
 THRESHOLD: Final = 4
@@ -76,15 +79,21 @@ class BodyPartVerdict:
         return frozenset(p for p, s in self.scores.items() if s >= THRESHOLD and p != ELSEWHERE)
 
     def __str__(self) -> str:
-        scores = ", ".join(f"{part} {score}" for part, score in self.scores.items())
-        named = self.body_part or self.state
-        return f"{named} ({scores})" if scores else named
+        others = ", ".join(f"{part} {score}" for part, score in self.scores.items() if part != self.body_part)
+        if self.body_part:
+            return f"{self.body_part} {self.scores[self.body_part]}" + (f" ({others})" if others else "")
+        return f"{self.state} ({others})" if others else self.state
 
 
 def judge(series: Series, site_codes: Codes | None = None) -> BodyPartVerdict:
     """Add up the evidence of one series: the distinct values of all its instances. `site_codes` extends PROCEDURES."""
     found: dict[Reason, None] = {}
-    for kind, attribute, value in dict.fromkeys(v for i in series.instances for v in _values(i.header)):
+    values = dict.fromkeys(v for i in series.instances for v in _values(i.header))
+    if len(values) > MAX_VALUES:
+        found[
+            Reason("EXCLUDED", 0, "excluded", "", "", f"more than {MAX_VALUES} differing values in one series", False)
+        ] = None
+    for kind, attribute, value in itertools.islice(values, MAX_VALUES):
         found.update(dict.fromkeys(_weigh(kind, attribute, value, site_codes or {})))
     return add_up(tuple(found))
 

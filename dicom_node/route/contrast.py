@@ -10,6 +10,7 @@ other sign of a contrast ultrasound clip, are in the pixels only, and pixels are
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from functools import lru_cache
 from typing import Final
 
 from dicom_node.route import terms
-from dicom_node.route.body_part import SERIES_TEXT, STEP_TEXT, STUDY_TEXT, codes
+from dicom_node.route.body_part import MAX_VALUES, SERIES_TEXT, STEP_TEXT, STUDY_TEXT, codes
 from dicom_node.route.reason import Reason
 from dicom_node.route.text import normalise, terms_pattern, words
 from dicom_node.study import Header, Series
@@ -34,13 +35,13 @@ class ContrastVerdict:
     evidence: tuple[Reason, ...]
 
     def __str__(self) -> str:
-        return {True: "with contrast", False: "without contrast", None: "nothing says so"}[self.given]
+        return {True: "with contrast", False: "without contrast", None: ""}[self.given]
 
 
 def judge(series: Series) -> ContrastVerdict:
     """Read the distinct values of all instances of one series."""
     values = dict.fromkeys(v for i in series.instances for v in _values(i.header))
-    found = tuple(dict.fromkeys(r for v in values if (r := _weigh(*v)) is not None))
+    found = tuple(dict.fromkeys(r for v in itertools.islice(values, MAX_VALUES) if (r := _weigh(*v)) is not None))
     for level in LEVELS:
         said = {r.says for r in found if r.kind == level}
         if said:

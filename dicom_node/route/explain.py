@@ -13,14 +13,16 @@ from typing import Any, Final
 from dicom_node.config import Route
 from dicom_node.errors import NodeError
 from dicom_node.result import RefusalCode
+from dicom_node.route.body_part import WEIGHTS
 from dicom_node.route.facts import StudyFacts
-from dicom_node.route.reason import summary
+from dicom_node.route.reason import printable, summary
 from dicom_node.route.rules import evaluate_all
 from dicom_node.route.verdict import Verdict
 from dicom_node.study import Header, Instance, Study
 
 WIDTH: Final = 110
-_MAX_ACTUAL: Final = 60
+_MAX_ACTUAL: Final = 72
+_CONDITION: Final = 30
 
 
 def explain_files(
@@ -70,7 +72,7 @@ def format_explanation(explanation: Mapping[str, Any]) -> str:
     """The text of `explain --file` for a terminal."""
     lines: list[str] = []
     for study in explanation["studies"]:
-        lines += [f"Study {study['study']}"]
+        lines += [f"Study {printable(study['study'])}"]
         for s in study["series"]:
             count = f"{s['instances']} instance" + ("s" if s["instances"] != 1 else "")
             described = f", “{s['description']}”" if s["description"] else ""
@@ -80,64 +82,85 @@ def format_explanation(explanation: Mapping[str, Any]) -> str:
         for verdict in study["verdicts"]:
             lines += ["", format_verdict(verdict)]
         lines += [""]
-    lines += [f"{u['file']}: cannot be read: {u['error']}" for u in explanation["unreadable"]]
+    lines += [printable(f"{u['file']}: cannot be read: {u['error']}") for u in explanation["unreadable"]]
     return "\n".join(lines).rstrip()
 
 
 def format_verdict(verdict: Verdict | Mapping[str, Any]) -> str:
     """One route, for a terminal. Takes a Verdict or what `Verdict.to_json` gave (as the ledger keeps it)."""
     v = verdict.to_json() if isinstance(verdict, Verdict) else verdict
-    lines = [f"Route {v['route']}: {_conclusion(v)}"]
     checks: list[Mapping[str, Any]] = v["evidence"]
-    width = max((len(c["key"]) for c in checks), default=0)
-    for number in dict.fromkeys(c["series"] for c in checks if c["where"] == "when"):
-        group = [c for c in checks if c["where"] == "when" and c["series"] == number]
-        lines += [f"  when, on series {number}: {_tally(group)}"]
-        lines += [line for check in group for line in _check_lines(check, width)]
+    when = [c for c in checks if c["where"] == "when"]
+    lines = [f"Route {v['route']}: {_conclusion(v)}"]
+    if not when:
+        lines += ["  when: the study holds no series"]
+    for number in dict.fromkeys(c["series"] for c in when):
+        group = [c for c in when if c["series"] == number]
+        lines += [f"  when, all on one series; series {number}: {_tally(group)}", *_table(group)]
     if v["series_left_out"]:
-        lines += [f"  … and {v['series_left_out']} more series on which fewer conditions hold"]
-    lines += ["  indication, on the study:"]
-    matchers = list(dict.fromkeys(c["matcher"] for c in checks if c["where"] == "indication"))
-    for matcher in matchers:
-        group = [c for c in checks if c["where"] == "indication" and c["matcher"] == matcher]
-        if len(group) > 1:
-            lines += [f"    {matcher}. all of these together: {_tally(group)}"]
-        lines += [line for check in group for line in _check_lines(check, width)]
+        lines += [f"  … and {v['series_left_out']} more series, on which fewer conditions hold"]
+    lines += _indication_lines(v, [c for c in checks if c["where"] == "indication"])
     return "\n".join(lines)
+
+
+def _indication_lines(v: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]) -> list[str]:
+    which = v["indication"]
+    lines = [f"  indication, {which} of these on the study: {'established' if v['established'] else 'not established'}"]
+    for matcher in dict.fromkeys(c["matcher"] for c in checks):
+        group = [c for c in checks if c["matcher"] == matcher]
+        if len(group) > 1:
+            lines += [f"    matcher {matcher}, all {len(group)} together: {_tally(group)}"]
+        lines += _table(group)
+    return lines
 
 
 def _conclusion(v: Mapping[str, Any]) -> str:
     refusal = v["refusal"]
     if v["runs"]:
-        count = len(v["series"])
-        return f"RUNS on {count} series" if count > 1 else "RUNS"
+        return f"RUNS, on {len(v['series'])} series"
     if refusal is None:
         return "does not match"
-    return f"REFUSED, {refusal['code']}\n" + textwrap.fill(
-        f"{RefusalCode(refusal['code']).sentence} {refusal['detail']}",
-        WIDTH,
-        initial_indent="  ",
-        subsequent_indent="  ",
-    )
+    sentence = f"{RefusalCode(refusal['code']).sentence} ({refusal['detail']})"
+    text = textwrap.fill(sentence, WIDTH, initial_indent="  ", subsequent_indent="  ")
+    return f"REFUSED, {refusal['code']}\n{text}"
 
 
 def _tally(checks: Sequence[Mapping[str, Any]]) -> str:
-    failing = [c["key"] for c in checks if c["verdict"] != "YES"]
-    return "holds" if not failing else "does not hold (" + ", ".join(failing) + ")"
+    failing = [f"{c['key']} is {c['verdict']}" for c in checks if c["verdict"] != "YES"]
+    return "holds" if not failing else "does not hold, " + ", ".join(failing)
 
 
-def _check_lines(check: Mapping[str, Any], width: int) -> list[str]:
-    """`YES      modality   is US    found: US`, and the evidence below it."""
-    found = f"found: {_cut(check['actual'])}" if check["actual"] else "found: nothing"
-    if check["verdict"] == "YES" and not check["actual"]:
-        found = ""
-    condition = f"{check['key']:{width}}  {_cut(check['expected'])}"
-    lines = [f"    {check['verdict']:8} {condition:{width + 24}}  {found}".rstrip()]
-    for reason in check["reasons"]:
-        said = f"{reason['says']} {reason['weight'] or ''}".strip()
-        lines += [f"{'':17}{said:14} {reason['attribute']} = {_cut(reason['actual'])} ({reason['reason']})"]
+def _table(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`YES      modality is US          found US`, and below it the evidence that was added up."""
+    lines = []
+    for check in checks:
+        condition = f"{check['key']} {_cut(check['expected'])}"
+        found = f"found {_cut(check['actual'])}" if check["actual"] else "not in the study"
+        if check["verdict"] == "YES" and not check["actual"]:
+            found = ""
+        if len(condition) > _CONDITION:
+            lines += [f"    {check['verdict']:8} {condition}", f"{'':{13 + _CONDITION}}  {found}"]
+        else:
+            lines += [f"    {check['verdict']:8} {condition:{_CONDITION}}  {found}"]
+        lines += _reason_lines(check["reasons"])
+    return [line.rstrip() for line in lines]
+
+
+def _reason_lines(reasons: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a class of evidence, because a class counts once, however many attributes repeat it."""
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for reason in reasons:
+        by = reason["attribute"] if reason["kind"] == "region" else ""
+        groups.setdefault((reason["says"], reason["kind"], by), []).append(reason)
+    lines = []
+    for (says, kind, _), group in groups.items():
+        first = group[0]
+        weight = f" +{first['weight']}" if kind in WEIGHTS else ""
+        others = f"; so do {len(group) - 1} more" if len(group) > 1 else ""
+        because = f"{first['attribute']} “{_cut(first['actual'])}”, {first['reason']}{others}"
+        lines += [f"{'':15}{says + weight:13} {kind}: {because}"]
     return lines
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _MAX_ACTUAL else text[: _MAX_ACTUAL - 1] + "…"
+    return printable(text if len(text) <= _MAX_ACTUAL else text[: _MAX_ACTUAL - 1] + "…")

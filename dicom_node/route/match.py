@@ -58,9 +58,9 @@ def _equal(expected: Scalar, value: Fact) -> bool:
 def to_number(value: Fact) -> float | None:
     """A number, or an Age String (PS3.5 6.2 AS, "065Y") in years; None when it is neither."""
     if isinstance(value, str):
-        if age := re.fullmatch(r"\s*(\d{3})([DWMY])\s*", value):
+        if age := re.fullmatch(r"\s*([0-9]{3})([DWMY])\s*", value):
             return int(age[1]) * _AGE_UNITS[age[2]]
-        if not re.fullmatch(r"\s*[+-]?(\d{1,30}\.?\d{0,30}|\.\d{1,30})([eE][+-]?\d{1,3})?\s*", value):
+        if not re.fullmatch(r"\s*[+-]?([0-9]{1,30}\.?[0-9]{0,30}|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?\s*", value):
             return None
     return float(value)
 

@@ -74,6 +74,11 @@ def _is_code_string(value: object) -> bool:
 
 def summary(values: Iterable[object]) -> str:
     """Up to three values on one line, without control characters: this text goes to a terminal."""
-    texts = ["".join(c if c.isprintable() else " " for c in str(v)[:MAX_SHOWN]) for v in values]
+    texts = [printable(str(v)[:MAX_SHOWN]) for v in values]
     more = f" (+{len(texts) - 3} more)" if len(texts) > 3 else ""
     return " | ".join(texts[:3]) + more
+
+
+def printable(text: str) -> str:
+    """Without control and formatting characters: text from the wire must not steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -57,6 +57,8 @@ def _judge(route: Route, study: StudyFacts) -> Verdict:
         refusal=refusal,
         series=tuple(series.series.series_instance_uid for series in matched),
         evidence=tuple(c for _, checks in shown for c in checks) + indication,
+        indication="any" if route.indication.any else "all",
+        established=established,
         series_left_out=len(seen) - len(shown),
     )
 

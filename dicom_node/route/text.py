@@ -13,6 +13,8 @@ from functools import lru_cache
 
 MAX_TEXT = 1024
 """Characters of one value that are looked at. The longest text value of PS3.5 that describes a study, LO, has 64."""
+MAX_WORDS = 256
+"""The same for the words of the evidence table, of which there are hundreds."""
 _TEXT_BY_REPEATS = (MAX_TEXT, MAX_TEXT, 256, 128)
 """The same for a pattern with so many unbounded repeats: its time is a polynomial of that degree, plus one."""
 MAX_REPEATS = len(_TEXT_BY_REPEATS) - 1
@@ -47,7 +49,7 @@ def normalise(text: str) -> str:
 
 def words(text: str) -> str:
     """As `normalise`, with `LiverDyn` taken apart: protocol names are often written in one word."""
-    return normalise(re.sub(r"(?<=[a-zà-öø-ÿ])(?=[A-ZÀ-ÖØ-Þ])", " ", text[:MAX_TEXT]))
+    return normalise(re.sub(r"(?<=[a-zà-öø-ÿ])(?=[A-ZÀ-ÖØ-Þ])", " ", text[:MAX_WORDS]))
 
 
 def term_pattern(term: str) -> str:

@@ -50,6 +50,10 @@ class Verdict:
     series: tuple[str, ...]
     """Series Instance UIDs on which every condition of `when` holds."""
     evidence: tuple[Check, ...]
+    indication: Literal["any", "all"]
+    """How many of the matchers must hold."""
+    established: bool
+    """The indication, whether or not the route matches."""
     series_left_out: int = 0
     """How many series are judged but not shown in `evidence` (a study may have hundreds)."""
 
@@ -67,6 +71,8 @@ class Verdict:
             if self.refusal is None
             else {"code": self.refusal.code.value, "detail": self.refusal.detail},
             "series": list(self.series),
+            "indication": self.indication,
+            "established": self.established,
             "evidence": [check.to_json() for check in self.evidence],
             "series_left_out": self.series_left_out,
         }
