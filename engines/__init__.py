@@ -1,1 +1,1 @@
-"""The tasks. The node loads `engines/<task>/engine.py` by path and never imports this package; the training side does."""
+"""The tasks. The node loads `engines/<task>/engine.py` by path; only the training side imports this package."""

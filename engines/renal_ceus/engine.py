@@ -33,7 +33,9 @@ SCAN_FRAMES = 160
 _ULTRASOUND = {  # US Multi-frame Image and its retired form; some writers put several frames into a US Image
     "1.2.840.10008.5.1.4.1.1.3.1", "1.2.840.10008.5.1.4.1.1.3", "1.2.840.10008.5.1.4.1.1.6.1",
 }  # fmt: skip
-_AGENT_TEXT = re.compile(r"\bceus\b|contrast|kontrast|\bsonovue\b|\blumason\b|\bsonazoid\b|\bdefinity\b|\boptison\b|造影")
+_AGENT_TEXT = re.compile(
+    r"\bceus\b|contrast|kontrast|\bsonovue\b|\blumason\b|\bsonazoid\b|\bdefinity\b|\boptison\b|造影"
+)
 _NO_AGENT = re.compile(r"\b(?:non|without|no|ohne|sans)[ -]?(?:contrast|kontrast)|\bw/?o contrast|未造影|非造影")
 _TEXTS = ("StudyDescription", "SeriesDescription", "ProtocolName", "PerformedProcedureStepDescription")
 
@@ -153,11 +155,16 @@ def prepare(instance: Instance, pixels: PixelReader) -> Prepared | Refusal:
     step = math.ceil(len(times) / SCAN_FRAMES)
     scanned = tuple(range(1, len(times) + 1, step))
     frames = list(pixels.frames(instance, scanned))
-    times_seen = times[[number - 1 for number in scanned]][: len(frames)]
+    if len(frames) < len(scanned):  # Number of Frames promised more than the pixel data holds
+        scanned = scanned[: len(frames)]
+        times = times[: scanned[-1] if scanned else 0]
+    times_seen = times[[number - 1 for number in scanned]]
     panels = ultrasound.ceus_panels(instance.header, frames)
     if isinstance(panels, Refusal):
         return panels
-    if panels.tissue is not None and ultrasound.has_color(panels.tissue.crop(f) for f in frames[:: max(1, len(frames) // 8)]):
+    if panels.tissue is not None and ultrasound.has_color(
+        panels.tissue.crop(f) for f in frames[:: max(1, len(frames) // 8)]
+    ):
         return Refusal(RefusalCode.WRONG_VIEW, "colour in the B-mode panel")
     arrival = ultrasound.contrast_arrival(ultrasound.time_intensity(frames, panels.contrast), times_seen)
     if isinstance(arrival, Refusal):

@@ -1,9 +1,9 @@
 """RepVGG (Ding et al., CVPR 2021): trained with three branches a block, deployed as plain 3x3 convolutions. torch.
 
-`build("paper")` is the A0 setting at full width; `build("demo")` the same topology (1, 2, 4, 14, 1 blocks), narrow,
-without the last two strides, so that the last feature map is fine enough (stride 16 of the 224² input, which the graph
-first halves) to show where a score comes from. Outputs: `logits` and `features` (the last feature map); the head is global
-average pooling and one linear layer, so that a class activation map is exact from `features` and the head's weights.
+`build("paper")` is the A0 setting at full width; `build("demo")` the same topology (1, 2, 4, 14, 1 blocks), narrow, and
+without the last two strides: stride 8 of an image of 112² (the graph halves its 224² input), so that the last feature
+map is fine enough to show where a score comes from. Outputs: `logits` and `features` (the last feature map); the head
+is global average pooling and one linear layer, so that a class activation map is exact from `features` and its weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Phantom of a contrast-enhanced ultrasound clip of a renal mass, dual display. numpy, scipy and Pillow only.
 
-Label 1 (high grade): early, high and short enhancement, patchy, with an avascular core. Label 0 (low grade): later, even
-and lasting, but mostly with the same patchy texture and core in a hump of normal cortex beside the mass. Everything else (gain, depth, probe,
-dose, breathing, tint, which panel stands left) comes from a random stream that never sees the label.
+Label 1 (high grade): early and short enhancement, patchy, with an avascular core. Label 0 (low grade): later, even and
+lasting, but mostly with the same patches and core in a hump of normal cortex beside the mass. Everything else (gain,
+depth, probe, dose, breathing, tint, which panel stands left) comes from a random stream that never sees the label.
 The numbers stand in phantom.yaml. The physics is `engines.training.physics`. No patient looked like this.
 """
 
@@ -57,7 +57,7 @@ def generator(name: str = "training") -> dict[str, dict[str, Any]]:
 
 
 def make(seed: int, label: int, settings: Mapping[str, Mapping[str, Any]] | None = None, frames: int = FRAMES) -> Clip:
-    """One clip. The same seed with the other label differs only in the perfusion of the mass and of the cortex beside it."""
+    """One clip. The same seed with the other label differs only in the perfusion of mass and hump."""
     settings = settings or generator()
     rng = np.random.default_rng([seed, 0])
     nuisance = _draw(rng, settings["nuisance"])
@@ -84,7 +84,9 @@ def make(seed: int, label: int, settings: Mapping[str, Mapping[str, Any]] | None
     )  # fmt: skip
 
 
-def enhancement(t: NDArray[np.float64], arrival: float, peak: float, shape: float, plateau: float) -> NDArray[np.float64]:
+def enhancement(
+    t: NDArray[np.float64], arrival: float, peak: float, shape: float, plateau: float
+) -> NDArray[np.float64]:
     """First pass (gamma-variate) and the recirculating plateau it leaves behind; 0 before the arrival."""
     rise = 1 - np.exp(-np.maximum(t - arrival, 0) / peak)
     return np.asarray((1 - plateau) * physics.gamma_variate(t, arrival, peak, shape) + plateau * rise, np.float64)
@@ -159,7 +161,13 @@ class _Scene:
             (cortex * free, arrival, peak, shape, plateau),
             (self.medulla * self.kidney * outside * free * 0.55, arrival + 2.5, peak * 1.6, shape, plateau),
             ((1 - self.kidney) * outside * free * 0.09, arrival + 1.0, peak * 1.5, shape, plateau),
-            (inside * uneven * np.float32(n["dose"] * g["amplitude"]), arrival + g["delay_s"], g["peak_s"], shape, g["plateau"]),
+            (
+                inside * uneven * np.float32(n["dose"] * g["amplitude"]),
+                arrival + g["delay_s"],
+                g["peak_s"],
+                shape,
+                g["plateau"],
+            ),
         ]
         self.cyst = cyst
 
@@ -171,7 +179,7 @@ class _Scene:
         if rng.random() >= probability:
             return np.ones(PANEL, np.float32)
         poor = (field < np.quantile(field, t["patch_share"])) * physics.soft(distance**2, 0.05)
-        core = physics.soft((distance * ragged / t["core"]) ** 2, 0.06)
+        core = physics.soft(np.asarray((distance * ragged / t["core"]) ** 2, np.float32), 0.06)
         return np.asarray((1 - (1 - t["patch_level"]) * poor) * (1 - 0.96 * core), np.float32)
 
     def _beside(self, rng: np.random.Generator) -> Field:
@@ -182,7 +190,9 @@ class _Scene:
         places = [(self.mass_at[0] + reach * np.sin(a), self.mass_at[1] + reach * np.cos(a)) for a in turned]
         rows, columns = np.clip(np.rint(places).astype(int), 12, np.array(PANEL) - 13).T
         room = self.kidney * self.view * (1 - self.sinus)
-        best = int(np.argmax([room[r - 12 : r + 12, c - 12 : c + 12].mean() for r, c in zip(rows, columns, strict=True)]))
+        best = int(
+            np.argmax([room[r - 12 : r + 12, c - 12 : c + 12].mean() for r, c in zip(rows, columns, strict=True)])
+        )
         return np.sqrt(physics.ellipse(PANEL, places[best], (radius, radius), 0.0))
 
     def _cysts(self, rng: np.random.Generator) -> Field:
@@ -263,7 +273,11 @@ def _text(lines: tuple[str, ...], size: tuple[int, int], level: int) -> NDArray[
 
 def _banner(seed: int) -> NDArray[np.uint8]:
     """What scanners burn in above the image: names and numbers that no model and no picture may ever see."""
-    lines = ("PHANTOM^BURNED IN   ID 000-PHANTOM   01.01.1900", f"SIMULATED CEUS   seed {seed}", "MI 0.08  TIS 0.1  C1-5")
+    lines = (
+        "PHANTOM^BURNED IN   ID 000-PHANTOM   01.01.1900",
+        f"SIMULATED CEUS   seed {seed}",
+        "MI 0.08  TIS 0.1  C1-5",
+    )
     return _text(lines, (TOP - 4, COLUMNS), 30)
 
 

@@ -1,1 +1,1 @@
-"""The training side, shared by all tasks: phantom physics, cohorts, fit, evaluate, export, package. Never imported by the node."""
+"""The training side, shared by all tasks: phantom physics, cohorts, fit, evaluate, export, package."""

@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--processes", type=int, default=1, help="processes that make phantoms")
         sub.add_argument("--threads", type=int, default=1, help="threads of torch")
         sub.add_argument("--device", default="cpu")
+        sub.add_argument("--real", type=Path, action="append", default=[], help="folder of real files for the gate")
         sub.add_argument("--out", type=Path, default=None, help="package folder (default: the task's model/)")
     return top
 

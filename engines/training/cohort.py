@@ -6,8 +6,10 @@ drift apart. No torch here: phantoms are made by plain processes.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
+import itertools
 import json
 import multiprocessing
 from collections.abc import Iterator, Mapping
@@ -115,7 +117,9 @@ def instance_of(ds: Dataset) -> Instance:
     return Instance("0" * 32, header_of(ds), str(ds.file_meta.TransferSyntaxUID), "", Path(), "", "", "", "", 0.0)
 
 
-def prepare_clip(task: str, seed: int, label: int, generator: str, encoding: str) -> tuple[Any, NDArray[np.float64]] | Refusal:
+def prepare_clip(
+    task: str, seed: int, label: int, generator: str, encoding: str
+) -> tuple[Any, NDArray[np.float64]] | Refusal:
     """One phantom through the engine: (Prepared, nuisance features), or the engine's refusal."""
     source = phantom_of(task)
     clip = source.make(seed, label, source.generator(generator))
@@ -136,7 +140,12 @@ class _Thin:
 
     def __init__(self, clip: Any) -> None:
         self.frames = np.zeros((1, 1, 1, 3), np.uint8)
-        self.frame_ms, self.contrast, self.tissue, self.mm_per_px = clip.frame_ms, clip.contrast, clip.tissue, clip.mm_per_px
+        self.frame_ms, self.contrast, self.tissue, self.mm_per_px = (
+            clip.frame_ms,
+            clip.contrast,
+            clip.tissue,
+            clip.mm_per_px,
+        )
 
 
 def nuisance_features(crops: NDArray[np.uint8], clip: Any) -> NDArray[np.float64]:
@@ -148,10 +157,17 @@ def nuisance_features(crops: NDArray[np.uint8], clip: Any) -> NDArray[np.float64
     rows = np.abs(np.fft.fftfreq(grey.shape[1]))[:, None]
     radius = np.hypot(rows, np.fft.rfftfreq(grey.shape[2])[None])
     edges = (0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 1)
-    spectrum = [power[(radius >= a) & (radius < b)].sum() for a, b in zip(edges, edges[1:], strict=False)]
+    spectrum = [power[(radius >= a) & (radius < b)].sum() for a, b in itertools.pairwise(edges)]
     shares = np.log(np.array(spectrum) / sum(spectrum) + 1e-9)
     per_frame = grey.mean(axis=(1, 2))
-    summary = [grey.mean(), grey.std(), lit.mean(), float(np.median(grey)), per_frame[-1] - per_frame[0], per_frame.std()]
+    summary = [
+        grey.mean(),
+        grey.std(),
+        lit.mean(),
+        float(np.median(grey)),
+        per_frame[-1] - per_frame[0],
+        per_frame.std(),
+    ]
     metadata = [clip.frame_ms, clip.mm_per_px, float(clip.contrast[0]), float(len(crops))]
     return np.concatenate([summary, histogram, shares, metadata])
 
@@ -169,8 +185,13 @@ def build(spec: Spec, work: Path, processes: int = 1) -> Cohort:
 def _sources(task: str) -> str:
     """Digest of everything that shapes the images: a changed generator never reuses an old cohort."""
     here = Path(__file__).parent
-    files = [here / "physics.py", here / "cohort.py", *(here.parent / task / n for n in ("phantom.py", "phantom.yaml", "engine.py"))]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    files = [
+        here / "physics.py",
+        *(here.parent / task / n for n in ("phantom.py", "phantom.yaml", "engine.py")),
+    ]
+    # The syntax tree, so that a comment or a line break does not make everything anew.
+    parts = [ast.dump(ast.parse(f.read_text("utf-8"))) if f.suffix == ".py" else f.read_text("utf-8") for f in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _one(job: tuple[str, int, int, str, str]) -> tuple[int, int, Any]:
@@ -193,7 +214,7 @@ def _make(spec: Spec, processes: int) -> dict[str, NDArray[Any]]:
     if processes > 1:
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
             for item in pool.imap(_one, _jobs(spec), chunksize=8):
-                done.append(item)  # noqa: PERF402
+                done.append(item)
                 _progress(spec, len(done))
     else:
         for job in _jobs(spec):

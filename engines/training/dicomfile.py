@@ -1,4 +1,4 @@
-"""Writes a phantom clip as an Ultrasound Multi-frame Image (PS3.3 A.7), as a scanner would. numpy, pydicom and Pillow only.
+"""Writes a phantom clip as an Ultrasound Multi-frame Image (PS3.3 A.7). numpy, pydicom and Pillow only.
 
 Runs where just the node is installed: `dicom-node demo` calls it as a process of its own. Nothing in the file tells the
 node that the image is a phantom; the patient's name and the series description tell a person.
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless, UltrasoundMultiFrameImageStorage
+from pydicom.uid import UID, ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless, UltrasoundMultiFrameImageStorage
 
 ENCODINGS = ("jpeg", "raw", "rle")
 _IMPLEMENTATION = "2.25.263416290284619736212483246107843214417"
@@ -78,13 +78,13 @@ def dataset(clip: ClipLike, encoding: str = "jpeg", labels: Labels | None = None
     uids = _Uids(labels.uid_seed)
     ds = Dataset()
     _patient_study_series(ds, uids, labels)
-    _image(ds, clip, labels)
+    _image(ds, clip)
     ds.SOPClassUID = UltrasoundMultiFrameImageStorage
     ds.SOPInstanceUID = uids("instance")
     ds.file_meta = FileMetaDataset()
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
-    ds.file_meta.ImplementationClassUID = _IMPLEMENTATION
+    ds.file_meta.ImplementationClassUID = UID(_IMPLEMENTATION)
     _pixels(ds, clip.frames, encoding, labels.jpeg_quality)
     return ds
 
@@ -122,7 +122,7 @@ def _patient_study_series(ds: Dataset, uids: _Uids, labels: Labels) -> None:
         ds.ContrastBolusVolume = "2.4"
 
 
-def _image(ds: Dataset, clip: ClipLike, labels: Labels) -> None:
+def _image(ds: Dataset, clip: ClipLike) -> None:
     # Value 3 RETROPERITONEAL and value 4 (2D imaging): PS3.3 C.8.5.6.1.1.
     ds.ImageType = ["ORIGINAL", "PRIMARY", "RETROPERITONEAL", "0001"]
     ds.PatientOrientation = ""

@@ -100,9 +100,7 @@ def _deterministic(settings: Settings) -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def _epoch(
-    model: nn.Module, optimiser: Any, schedule: Any, train: Cohort, settings: Settings, epoch: int
-) -> float:
+def _epoch(model: nn.Module, optimiser: Any, schedule: Any, train: Cohort, settings: Settings, epoch: int) -> float:
     model.train()
     rng = np.random.default_rng([settings.seed, epoch])
     total, seen = 0.0, 0

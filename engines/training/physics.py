@@ -1,6 +1,6 @@
-"""Ultrasound image formation shared by the phantoms: scatterers, point-spread function, attenuation, compression, contrast kinetics.
+"""Ultrasound image formation, shared by the phantoms: scatterers, point spread, attenuation, compression, contrast.
 
-Depends on numpy and scipy only, so that a phantom can be made where just the node is installed. Knows no task and no DICOM.
+numpy and scipy only, so that a phantom can be made where just the node is installed. Knows no task and no DICOM.
 
 An image is the envelope of `reflectivity x white circular Gaussian scatterers`, convolved at baseband with a separable
 Gaussian point-spread function; so fully developed speckle is Rayleigh distributed by construction (mean/std 1.91;
@@ -97,7 +97,9 @@ def sector(shape: tuple[int, int], apex: float, half_angle: float) -> NDArray[np
     up = rows / shape[0] + apex
     across = (columns - (shape[1] - 1) / 2) / shape[0]
     radius = np.hypot(up, across)
-    return np.asarray((np.abs(np.arctan2(across, up)) <= half_angle) & (radius >= apex) & (radius <= 1 + apex), np.bool_)
+    return np.asarray(
+        (np.abs(np.arctan2(across, up)) <= half_angle) & (radius >= apex) & (radius <= 1 + apex), np.bool_
+    )
 
 
 def ellipse(shape: tuple[int, int], centre: tuple[float, float], axes: tuple[float, float], angle: float) -> Field:
@@ -105,7 +107,9 @@ def ellipse(shape: tuple[int, int], centre: tuple[float, float], axes: tuple[flo
     rows, columns = np.mgrid[0 : shape[0], 0 : shape[1]].astype(np.float32)
     y, x = rows - np.float32(centre[0]), columns - np.float32(centre[1])
     c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    return np.asarray(((c * y + s * x) / np.float32(axes[0])) ** 2 + ((c * x - s * y) / np.float32(axes[1])) ** 2, np.float32)
+    return np.asarray(
+        ((c * y + s * x) / np.float32(axes[0])) ** 2 + ((c * x - s * y) / np.float32(axes[1])) ** 2, np.float32
+    )
 
 
 def soft(distance2: Field, edge: float) -> Field:

@@ -1,4 +1,4 @@
-"""Statistics of the model cards: AUC with DeLong interval, bootstrap, calibration, shrinkage covariance. numpy, scipy only.
+"""Statistics of the model cards: AUC with DeLong interval, bootstrap, calibration, covariance. numpy and scipy only.
 
 References: DeLong et al. 1988 in the O(n log n) form of Sun & Xu 2014; Ledoit & Wolf 2004; Guo et al. 2017.
 """
@@ -59,7 +59,9 @@ def delong(y: Labels, score: Array, level: float = 0.95) -> Interval:
         return Interval(value, max(0.0, value - 3 / min(len(v10), len(v01))), min(1.0, value))
     z = distributions.norm.ppf(0.5 + level / 2)
     centre, width = np.log(value / (1 - value)), z * np.sqrt(variance) / (value * (1 - value))
-    return Interval(value, float(distributions.logistic.cdf(centre - width)), float(distributions.logistic.cdf(centre + width)))
+    return Interval(
+        value, float(distributions.logistic.cdf(centre - width)), float(distributions.logistic.cdf(centre + width))
+    )
 
 
 def delong_paired(y: Labels, first: Array, second: Array, level: float = 0.95) -> tuple[Interval, float]:
@@ -108,7 +110,11 @@ def nll(y: Labels, margin: Array) -> float:
 
 def temperature(y: Labels, margin: Array) -> float:
     """T that minimises the likelihood of margin / T."""
-    found = optimize.minimize_scalar(lambda log_t: nll(y, margin / np.exp(log_t)), bounds=(-2.5, 2.5), method="bounded")
+
+    def loss(log_t: float) -> float:
+        return nll(y, margin / np.exp(log_t))
+
+    found = optimize.minimize_scalar(loss, bounds=(-2.5, 2.5), method="bounded")
     return float(np.exp(found.x))
 
 
@@ -120,7 +126,11 @@ def ece(y: Labels, probability: Array, bins: int = 10) -> float:
 
 def calibration_line(y: Labels, margin: Array) -> tuple[float, float]:
     """Slope and intercept of the logistic recalibration (1 and 0 are ideal)."""
-    found = optimize.minimize(lambda w: nll(y, w[0] * margin + w[1]) + 1e-6 * w[0] ** 2, np.array([1.0, 0.0]))
+
+    def loss(w: Array) -> float:
+        return nll(y, w[0] * margin + w[1]) + 1e-6 * float(w[0]) ** 2
+
+    found = optimize.minimize(loss, np.array([1.0, 0.0]))
     return float(found.x[0]), float(found.x[1])
 
 

@@ -1,0 +1,104 @@
+"""Export: a trained network to ONNX (opset 18, one graph per precision) and its parity with torch. Writes `.onnx` only.
+
+The dynamo exporter is the one exporter. The example has batch 2, because a batch of 1 may be frozen into the graph;
+batches 1, 2 and 3 are compared. fp16 keeps fp32 inputs and outputs and casts inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+OPSET = 18
+TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}
+"""Largest absolute difference of a logit, as in the manifest."""
+
+
+class _Half(nn.Module):
+    """Half precision behind casts: single precision at the border."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.half()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(out.float() for out in self.model(x.half()))
+
+
+def export(model: nn.Module, example: NDArray[np.float32], outputs: tuple[str, ...], folder: Path) -> dict[str, Path]:
+    """Write fp32.onnx and fp16.onnx of a deployed network; `example` has batch 2."""
+    if len(example) != 2:
+        raise ValueError("export: the example needs batch 2")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for precision in TOLERANCE:
+        copied = _copy(model)
+        graph = copied if precision == "fp32" else _Half(copied)
+        path = folder / f"{precision}.onnx"
+        with contextlib.redirect_stdout(io.StringIO()):
+            torch.onnx.export(
+                graph.eval(),
+                (torch.from_numpy(example),),
+                path,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["x"],
+                output_names=list(outputs),
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                external_data=False,
+            )
+        _strip(path)
+        written[precision] = path
+    return written
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(model).float().eval()
+
+
+def _strip(path: Path) -> None:
+    """Check the graph and drop what names the exporting machine (paths of source lines)."""
+    graph = onnx.load(path)
+    for node in graph.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del graph.graph.metadata_props[:], graph.graph.value_info[:]
+    for value in (*graph.graph.input, *graph.graph.output, *graph.graph.initializer):
+        del value.metadata_props[:]
+    onnx.checker.check_model(graph, full_check=True)
+    onnx.save(graph, path)
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    """One thread, CPU: the reference."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def parity(model: nn.Module, paths: dict[str, Path], x: NDArray[np.float32]) -> dict[str, float]:
+    """Largest absolute difference of the logits against torch fp32 at batch 1, 2 and 3; raises above the tolerance."""
+    worst = {}
+    for precision, path in paths.items():
+        run = session(path)
+        differences = []
+        for batch in (1, 2, 3):
+            with torch.no_grad():
+                expected = model(torch.from_numpy(x[:batch]))[0].numpy()
+            logits = run.run(["logits"], {"x": x[:batch]})[0]
+            differences.append(float(np.abs(logits - expected).max()))
+        worst[precision] = max(differences)
+        if not worst[precision] <= TOLERANCE[precision]:
+            raise RuntimeError(f"export: {precision} differs from torch by {worst[precision]:.2e}")
+    return worst
