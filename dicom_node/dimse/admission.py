@@ -1,9 +1,9 @@
 """Who may open an association, and how many at a time. Policy only: no sockets, no threads of its own.
 
-Two doors. A connection that has not yet asked for an association passes `connecting`: few of those at a time, fewer from
-one address, and half the places are kept for addresses of `receive.allow`. An association request passes `admit`: called
-AE title, calling AE title with its address and certificate, then the limits. An AE title is no authentication; the
-certificate is.
+Two doors. A connection that has not yet asked for an association passes `connecting`: few of those at a time, fewer
+from one address, and half the places are kept for addresses of `receive.allow`. An association request passes `admit`:
+called AE title, calling AE title with its address and certificate, then the limits. An AE title is no authentication;
+the certificate is.
 """
 
 from __future__ import annotations

@@ -124,6 +124,11 @@ class PartFile:
         self._close()
         return final
 
+    def release(self) -> Path:
+        """Give the file away as it is, not durable: to quarantine."""
+        self._close()
+        return self.path
+
     def discard(self) -> None:
         """Leave nothing behind."""
         self._close()
