@@ -169,20 +169,10 @@ WORDS_BLANKED: Final[tuple[str, ...]] = (
 # The examination is of another kind than the studies the engines follow: whatever the body part, it is not taken.
 WORDS_EXCLUDED: Final[tuple[str, ...]] = (
     *("*biops*", "fna", "fnab", "fnac", "fine needle", "feinnadel*", "guided", "guidance", "gesteuert*"),
-    *("*punktion*", "*transplant*", "*trasplant*", "*trapiant*", "allograft", "greffe*", "greffon*", "*przeszczep*"),
-    *(
-        "ablation*",
-        "rfa",
-        "tace",
-        "embolisat*",
-        "embolizat*",
-        "drainage*",
-        "nephrostom*",
-        "echoguid*",
-        "guidee",
-        "guiada",
-        "guiado",
-    ),
+    *("*punktion*", "*transplant*", "*trasplant*", "*trapiant*", "allograft", "ntx", "ltx", "greffe*"),
+    *("greffon*", "*przeszczep*"),
+    *("ablation*", "rfa", "tace", "embolisat*", "embolizat*", "drainage*", "nephrostom*", "echoguid*"),
+    *("guidee", "guiada", "guiado"),
     *("биопс*", "*трансплант*", "пункц*", "*биопси*"),
     *("穿刺", "活检", "活檢", "移植", "引导", "引導", "消融", "生検", "이식", "생검", "조직검사"),
 )
@@ -190,7 +180,10 @@ WORDS_EXCLUDED: Final[tuple[str, ...]] = (
 # Contrast: agents of CID 12030 and CID 12 by name, and the words for "with contrast".
 CONTRAST_WORDS: Final[tuple[str, ...]] = (
     *("ceus", "contrast", "contrasts", "contrasted", "kontrast*", "contraste*", "contrasto", "mdc", "kontrastow*"),
-    *("mit km", "km gabe", "контраст*", "σκιαγραφ*", "造影", "增强", "增強", "조영", "post gd", "gd dtpa", "gadolin*"),
+    *("mit km", "km gabe", "post km", "nach km", "km sono*", "ce us", "ce mri", "ce mrt", "dce", "arterial phase"),
+    *("portal venous phase", "arterielle phase", "portalvenos*", "动脉期", "門脈相"),
+    *("门脉期", "контраст*", "σκιαγραφ*"),
+    *("造影", "增强", "增強", "조영", "post gd", "gd dtpa", "gadolin*"),
     *("sonovue", "lumason", "sonazoid", "definity", "luminity", "optison", "levovist", "microbubble*"),
     *("omniscan", "gadovist", "gadavist", "dotarem", "clariscan", "magnevist", "multihance", "prohance"),
     *("primovist", "eovist", "gadoxet*", "elucirem", "vueway"),
@@ -200,7 +193,7 @@ NO_CONTRAST_WORDS: Final[tuple[str, ...]] = (
     *("pre contrast", "precontrast", "ohne kontrast*", "ohne km", "nativ", "sans contraste"),
     *("sans injection", "sin contraste", "senza contrasto", "senza mdc", "sem contraste", "zonder contrast"),
     *("utan kontrast", "uden kontrast", "uten kontrast", "bez kontrast*", "без контраст*", "平扫", "平掃"),
-    *("单纯", "非造影", "単純", "비조영"),
+    *("非造影", "単純mri", "単純ct", "비조영"),
 )
 # "With and without" is with; phase contrast is no agent.
 CONTRAST_BOTH: Final[tuple[str, ...]] = (
