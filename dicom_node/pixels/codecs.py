@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -42,28 +42,42 @@ class Codestream(NamedTuple):
 
 
 def jpeg_info(data: bytes) -> Codestream:
-    """Walk the marker segments up to the frame header: JPEG (ISO 10918-1 B.2) and JPEG-LS (SOF55, ISO 14495-1 C.2)."""
-    at, jfif, adobe = 2, False, None
-    while at + 4 <= len(data) and data[:2] == b"\xff\xd8":
-        if data[at] != 0xFF:
-            break
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
-        length = struct.unpack_from(">H", data, at + 2)[0]
-        body = data[at + 4 : at + 2 + length]
+    """The frame header: JPEG (ISO 10918-1 B.2) and JPEG-LS (SOF55, ISO 14495-1 C.2).
+
+    Walks all marker segments up to the first scan, because GDCM aborts the process where one of them is broken.
+    """
+    jfif, adobe, frame = False, None, b""
+    for marker, body in _segments(data):
         if marker == 0xE0 and body[:4] == b"JFIF":
             jfif = True
         elif marker == 0xEE and body[:5] == b"Adobe" and len(body) >= 12:
             adobe = body[11]
         elif (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
-            if len(body) < 6 or len(body) < 6 + 3 * body[5]:
-                break
-            precision, rows, columns, components = struct.unpack_from(">BHHB", body)
-            named_rgb = body[6 : 6 + 3 * components : 3] in (b"RGB", b"rgb")
-            says_rgb = False if jfif else (adobe == 0 if adobe is not None else (True if named_rgb else None))
-            return Codestream(rows, columns, components, precision, False, says_rgb)
+            if frame or len(body) < 6 or len(body) != 6 + 3 * body[5]:
+                raise UndecodableError("the JPEG frame header is broken")
+            frame = bytes((marker,)) + body
+    if not frame:
+        raise UndecodableError("the JPEG codestream has no frame header")
+    precision, rows, columns, components = struct.unpack_from(">BHHB", frame, 1)
+    named_rgb = frame[7::3] in (b"RGB", b"rgb")
+    says_rgb = False if jfif else (adobe == 0 if adobe is not None else (True if named_rgb else None))
+    return Codestream(rows, columns, components, precision, False, says_rgb)
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(marker, content) of each marker segment before the first start of scan."""
+    at = 2
+    while data[:2] == b"\xff\xd8" and at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        length = struct.unpack_from(">H", data, at + 2)[0]
+        if marker == 0xDA:
+            return
+        if marker < 0xC0 or length < 2:
+            break
+        yield marker, data[at + 4 : at + 2 + length]
         at += 2 + length
     raise UndecodableError("the frame is not a JPEG codestream")
 
@@ -189,9 +203,14 @@ def rle(data: bytes, image: ImagePixel) -> Decoded:
 
     if len(data) < 64 or struct.unpack_from("<L", data)[0] != image.samples * image.bits_allocated // 8:
         raise UndecodableError("the RLE header does not fit the attributes")
-    raw = decode_pixel_data(
-        data, version=2, rows=image.rows, columns=image.columns, bits_allocated=image.bits_allocated
-    )
+    try:
+        raw = decode_pixel_data(
+            data, version=2, rows=image.rows, columns=image.columns, bits_allocated=image.bits_allocated
+        )
+    except BaseException as panic:  # a Rust panic comes as a BaseException (pyo3) and would end the worker
+        if type(panic).__module__ != "pyo3_runtime":
+            raise
+        raise UndecodableError("the RLE segments are broken") from None
     return Decoded(
         _shape(cast(bytearray, raw), f"<u{image.bits_allocated // 8}", image, planar=True), image.photometric
     )

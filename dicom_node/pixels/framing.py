@@ -39,6 +39,7 @@ _TAGS = [
 _PIXEL_DATA = b"\xe0\x7f\x10\x00"
 _ITEM, _SEQUENCE_DELIMITER = 0xFFFEE000, 0xFFFEE0DD
 _UNDEFINED = 0xFFFFFFFF
+_TOO_LONG = "an attribute is longer than the memory"
 _MAX_FRAGMENTS = 1_000_000
 _STARTS = (b"\xff\xd8", b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0c\x6a\x50")
 """Start of image of the JPEG family (SOI), of a JPEG 2000 codestream (SOC, SIZ), and of a JP2 file around one."""
@@ -131,14 +132,20 @@ class Stored:
 
 def transfer_syntax(path: Path) -> str:
     """From the meta group alone, so that nothing of a deflated or unknown data set is touched."""
-    return str(read_file_meta_info(path).get("TransferSyntaxUID", ""))
+    try:
+        return str(read_file_meta_info(path).get("TransferSyntaxUID", ""))
+    except MemoryError:  # pydicom asks for as many bytes as the length field says
+        raise UndecodableError(_TOO_LONG) from None
 
 
 def open_stored(file: BinaryIO, syntax: str, limits: Limits) -> Stored:
     """Read the attributes and locate the frames. Raises UndecodableError or one of PARSE_ERRORS."""
     if syntax == DeflatedExplicitVRLittleEndian:
         raise UndecodableError("a deflated data set is not accepted")
-    dataset = dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
+    try:
+        dataset = dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
+    except MemoryError:
+        raise UndecodableError(_TOO_LONG) from None
     claimed = max(_whole(dataset, "NumberOfFrames", 1), 1)
     image = ImagePixel(
         _whole(dataset, "Rows"),
