@@ -235,8 +235,8 @@ def _source_images(references: Iterable[FrameRef]) -> Iterable[Dataset]:
     for group in by_instance.values():
         item = Dataset()
         item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = group[0].sop_class_uid, group[0].sop_instance_uid
-        numbers = sorted({r.frame_number for r in group})
-        if group[0].number_of_frames > 1 and len(numbers) < group[0].number_of_frames:
+        numbers = objects.frame_numbers(group)
+        if numbers:
             item.ReferencedFrameNumber = numbers
         item.PurposeOfReferenceCodeSequence = [objects.code_item(codes.SOURCE_IMAGE_FOR_PROCESSING)]
         item.SpatialLocationsPreserved = "NO"

@@ -31,9 +31,8 @@ from dicom_node.errors import StoreError
 
 PATIENT: Final = (  # PS3.3 C.7.1.1, C.7.1.3
     "PatientName", "PatientID", "IssuerOfPatientID", "TypeOfPatientID", "IssuerOfPatientIDQualifiersSequence",
-    "PatientBirthDate", "PatientBirthTime", "PatientSex", "OtherPatientIDs", "OtherPatientIDsSequence",
-    "OtherPatientNames", "EthnicGroup", "PatientComments", "QualityControlSubject", "PatientSpeciesDescription",
-    "PatientSpeciesCodeSequence", "PatientBreedDescription", "PatientBreedCodeSequence", "ResponsiblePerson",
+    "PatientBirthDate", "PatientBirthTime", "PatientSex", "OtherPatientIDsSequence",
+    "OtherPatientNames", "EthnicGroup", "PatientComments", "QualityControlSubject", "ResponsiblePerson",
     "ResponsiblePersonRole", "ResponsibleOrganization", "PatientIdentityRemoved", "DeidentificationMethod",
     "DeidentificationMethodCodeSequence", "ClinicalTrialSponsorName", "ClinicalTrialProtocolID",
     "ClinicalTrialProtocolName", "ClinicalTrialSiteID", "ClinicalTrialSiteName", "ClinicalTrialSubjectID",
@@ -42,17 +41,18 @@ PATIENT: Final = (  # PS3.3 C.7.1.1, C.7.1.3
 STUDY: Final = (  # PS3.3 C.7.2.1, C.7.2.2, C.7.2.3
     "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "StudyDescription", "AccessionNumber",
     "IssuerOfAccessionNumberSequence", "ReferringPhysicianName", "ReferringPhysicianIdentificationSequence",
-    "ConsultingPhysicianName", "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy", "RequestingService",
+    "ConsultingPhysicianName", "PhysiciansOfRecord", "NameOfPhysiciansReadingStudy",
     "ReferencedStudySequence", "ProcedureCodeSequence", "ReasonForPerformedProcedureCodeSequence",
     "AdmittingDiagnosesDescription", "AdmittingDiagnosesCodeSequence", "PatientAge", "PatientSize", "PatientWeight",
     "MedicalAlerts", "Allergies", "SmokingStatus", "PregnancyStatus", "LastMenstrualDate", "PatientState",
     "Occupation", "AdditionalPatientHistory", "AdmissionID", "IssuerOfAdmissionIDSequence", "ServiceEpisodeID",
-    "IssuerOfServiceEpisodeIDSequence", "ServiceEpisodeDescription", "PatientSexNeutered",
+    "IssuerOfServiceEpisodeIDSequence", "ServiceEpisodeDescription",
     "ClinicalTrialTimePointID", "ClinicalTrialTimePointDescription", "TimezoneOffsetFromUTC",
 )  # fmt: skip
 CARRIED: Final = PATIENT + STUDY
 """Copied into every object we create: it belongs to the same patient and study."""
 CONSULTED: Final = (  # read, not copied as they stand
+    "OtherPatientIDs",
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "ImageType", "BodyPartExamined",
     "NumberOfFrames", "FrameTime", "Rows", "Columns", "BurnedInAnnotation", "LossyImageCompression",
     "LossyImageCompressionRatio", "LossyImageCompressionMethod", "RequestAttributesSequence",
@@ -71,6 +71,7 @@ _TEXT = frozenset({"SH", "LO", "UC", "PN"})
 _LONG_TEXT = frozenset({"ST", "LT", "UT"})
 _AS_IT_IS = frozenset({"PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"})
 _VR = frozenset({"AS", "CS", "DA", "DS", "DT", "FD", "FL", "IS", "SL", "SS", "TM", "UI", "UL", "US"})
+_METHOD_CODES = "DeidentificationMethodCodeSequence"
 _DEPTH = 4
 _UNREADABLE = (ValueError, TypeError, NotImplementedError, KeyError, OverflowError, BytesLengthException, struct.error)
 
@@ -97,6 +98,12 @@ def normalise(dataset: Dataset) -> Dataset:
             _copy(dataset, tag, clean, 0)
     if clean.get("PatientSex") not in ("M", "F", "O"):
         clean.PatientSex = ""
+    if "OtherPatientIDs" in clean and "OtherPatientIDsSequence" not in clean:
+        clean.OtherPatientIDsSequence = _other_ids(clean.OtherPatientIDs)
+    if clean.get("PatientIdentityRemoved") == "YES" and not {"DeidentificationMethod", _METHOD_CODES} & set(
+        clean.dir()
+    ):
+        clean.DeidentificationMethod = "not stated by the source"  # Type 1C, PS3.3 C.7.1.1
     for keyword in TYPE_2:
         if keyword not in clean:
             setattr(clean, keyword, None)
@@ -123,6 +130,17 @@ def _copy(dataset: Dataset, tag: Any, clean: Dataset, depth: int) -> None:
         return
     if value is not None:
         clean.add(DataElement(element.tag, vr, value, validation_mode=config.IGNORE))
+
+
+def _other_ids(values: Any) -> list[Dataset]:
+    """Other Patient IDs (0010,1000) is retired; the sequence that replaced it says the same."""
+    items = []
+    for value in [values] if isinstance(values, str) else values:
+        item = Dataset()
+        item.add(DataElement("PatientID", "LO", value, validation_mode=config.IGNORE))
+        item.TypeOfPatientID = "TEXT"
+        items.append(item)
+    return items
 
 
 def _items(items: Any, keyword: str, depth: int) -> list[Dataset]:

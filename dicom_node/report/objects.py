@@ -7,7 +7,7 @@ knows no retired source SOP Class. Everything the library takes from the clock o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -25,10 +25,19 @@ from dicom_node.report import codes
 from dicom_node.report.context import ReportContext
 from dicom_node.report.normalise import CARRIED
 from dicom_node.report.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, Uids
-from dicom_node.result import Code
+from dicom_node.result import Code, FrameRef
 
 MODEL_NAME: Final = "dicom-node"
 _CODEC = {"GB18030": "gb18030", "ISO_IR 100": "latin-1"}
+_SINGLE_FRAME = frozenset(
+    {
+        "1.2.840.10008.5.1.4.1.1.6.1",  # Ultrasound Image
+        "1.2.840.10008.5.1.4.1.1.6",  # Ultrasound Image (retired)
+        "1.2.840.10008.5.1.4.1.1.4",  # MR Image
+        "1.2.840.10008.5.1.4.1.1.2",  # CT Image
+        "1.2.840.10008.5.1.4.1.1.7",  # Secondary Capture Image
+    }
+)
 _TEXT_VRS = frozenset({"SH", "LO", "ST", "LT", "UT", "UC", "PN"})
 
 
@@ -119,6 +128,18 @@ def code_item(code: Code) -> Dataset:
     item = Dataset()
     item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code
     return item
+
+
+def frame_numbers(references: Iterable[FrameRef]) -> list[int] | None:
+    """Referenced Frame Number (0008,1160) for frames of one instance; None = all of them, or a single-frame class.
+
+    Some archives hold several frames in a class that has but one; a reference may not number them all the same.
+    """
+    group = list(references)
+    used = sorted({r.frame_number for r in group})
+    if group[0].sop_class_uid in _SINGLE_FRAME or len(used) >= group[0].number_of_frames:
+        return None
+    return used
 
 
 def encode(made: Dataset, charset: str) -> bytes:

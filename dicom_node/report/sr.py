@@ -220,18 +220,15 @@ def _comment(group: Any, text: str) -> None:
 
 def _source_images(references: Iterable[FrameRef]) -> list[hd.sr.SourceImageForMeasurementGroup]:
     """One IMAGE item for each instance; frame numbers only where not all frames were used (PS3.3 C.18.4)."""
-    frames: dict[tuple[str, str, int], list[int]] = defaultdict(list)
-    for r in references:
-        frames[r.sop_class_uid, r.sop_instance_uid, r.number_of_frames].append(r.frame_number)
-    items = []
-    for (sop_class, sop_instance, total), numbers in frames.items():
-        used = sorted(set(numbers))
-        items.append(
-            hd.sr.SourceImageForMeasurementGroup(
-                sop_class, sop_instance, referenced_frame_numbers=None if len(used) == total else used
-            )
+    by_instance: dict[str, list[FrameRef]] = defaultdict(list)
+    for reference in references:
+        by_instance[reference.sop_instance_uid].append(reference)
+    return [
+        hd.sr.SourceImageForMeasurementGroup(
+            group[0].sop_class_uid, uid, referenced_frame_numbers=objects.frame_numbers(group)
         )
-    return items
+        for uid, group in by_instance.items()
+    ]
 
 
 def _image_region(region: Region) -> hd.sr.ImageRegion:
@@ -243,7 +240,7 @@ def _image_region(region: Region) -> hd.sr.ImageRegion:
         source_image=hd.sr.SourceImageForRegion(
             frame.sop_class_uid,
             frame.sop_instance_uid,
-            referenced_frame_numbers=[frame.frame_number] if frame.number_of_frames > 1 else None,
+            referenced_frame_numbers=objects.frame_numbers([frame]),
         ),
     )
 

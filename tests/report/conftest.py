@@ -119,6 +119,15 @@ class Case:
             f"{len(self.sources):032x}", Header.from_json(values), syntax, digest, path, "US1", "NODE", "::1", "a", 0.0
         )
 
+    def add_file(self, path: Path) -> None:
+        """A real file, as it is."""
+        ds = pydicom.dcmread(path, stop_before_pixels=True)
+        uid, syntax = str(ds.SOPInstanceUID), str(ds.file_meta.TransferSyntaxUID)
+        values = {"SOPInstanceUID": uid, "SOPClassUID": str(ds.SOPClassUID)}
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.sources[uid] = Instance("0" * 32, Header.from_json(values), syntax, digest, path, "", "", "", "", 0.0)
+        self.context["study_instance_uid"] = str(ds.StudyInstanceUID)
+
     @property
     def first(self) -> Instance:
         return next(iter(self.sources.values()))
@@ -219,7 +228,7 @@ def dciodvfy() -> Callable[[Path], list[str]]:
     def run(path: Path) -> list[str]:
         done = run_tool("dciodvfy", "-new", path)
         lines = (done.stdout + done.stderr).splitlines()
-        assert lines and not lines[0].startswith(("Error", "Warning")), "the first line names the IOD it recognised"
+        assert [x for x in lines if x.endswith(("SR", "SCImage"))], "one line names the IOD it recognised"
         return [x for x in lines if x.startswith(("Error", "Warning")) and "99INFER" not in x]
 
     return run

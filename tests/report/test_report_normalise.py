@@ -86,6 +86,11 @@ def test_identifiers_and_their_issuers_are_carried_unchanged(empty_case: Any, cl
         assert ds.IssuerOfAccessionNumberSequence[0].LocalNamespaceEntityID == "RIS"
 
 
+def test_retired_other_ids_travel_in_the_sequence_that_replaced_them(clip: Any) -> None:
+    clean = normalise(clip(OtherPatientIDs=["A1", "B2"]))
+    assert [(i.PatientID, i.TypeOfPatientID) for i in clean.OtherPatientIDsSequence] == [("A1", "TEXT"), ("B2", "TEXT")]
+
+
 def test_our_time_stands_in_the_zone_of_the_sources_dates(empty_case: Any, clip: Any) -> None:
     empty_case.add(clip(TimezoneOffsetFromUTC="-0330"))
     ds = empty_case.sr()

@@ -114,6 +114,11 @@ def test_a_retired_source_class_is_referenced_as_what_it_is(empty_case: Any, cli
     assert references == [retired, retired]
 
 
+def test_frames_of_a_single_frame_class_are_not_numbered(empty_case: Any, clip: Any) -> None:
+    empty_case.add(clip(SOPClassUID="1.2.840.10008.5.1.4.1.1.6.1"))
+    assert "ReferencedFrameNumber" not in named(empty_case.sr(), "121112")[0].ReferencedSOPSequence[0]
+
+
 def test_a_private_source_class_is_still_reported(empty_case: Any, clip: Any) -> None:
     empty_case.add(clip(SOPClassUID="1.2.3.4.5.6"))
     ds = empty_case.sr()

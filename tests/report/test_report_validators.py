@@ -75,6 +75,21 @@ def test_dciodvfy_accepts_what_is_made_of_a_poor_header(empty_case: Any, clip: A
         assert all("DICOMDIR" in line or "DirectoryRecord" in line for line in said), said
 
 
+def test_dciodvfy_finds_no_error_of_ours_in_what_is_made_of_real_files(
+    empty_case: Any, dciodvfy: Judge, shared_data: Path
+) -> None:
+    """Whatever a scanner wrote, only its own illegal UIDs remain: those cannot be mended without losing the study."""
+    empty_case.frames = 1
+    files = [*sorted((shared_data / "us").glob("*.dcm")), *sorted((shared_data / "mr").glob("*.dcm"))]
+    assert len(files) > 10
+    for path in files:
+        empty_case.sources.clear()
+        empty_case.add_file(path)
+        for built in empty_case.build():
+            errors = [line for line in dciodvfy(empty_case.save(built)) if line.startswith("Error")]
+            assert all("InstanceUID" in line for line in errors), (path.name, built.kind, errors)
+
+
 def test_dcentvfy_finds_the_same_patient_and_study(case: Any, tool: Any) -> None:
     built = [case.save(b) for b in case.build(variants=(NEW, OLD))]
     done = tool("dcentvfy", case.first.path, *built)
