@@ -176,3 +176,21 @@ def is_own_output(header: Header) -> bool:
 
 def _own_model(header: Header, keyword: str) -> bool:
     return header.text(keyword).strip().casefold() == OWN_MODEL_NAME
+
+
+def study_to_json(study: Study) -> dict[str, Any]:
+    """For the trip to the worker; the inverse of `study_from_json`."""
+    instances = [
+        {f: getattr(i, f) for f in Instance.__dataclass_fields__ if f not in ("header", "path")}
+        | {"header": i.header.to_json(), "path": str(i.path)}
+        for i in study.instances
+    ]
+    return {"study": study.study_instance_uid, "revision": study.revision, "instances": instances}
+
+
+def study_from_json(value: Mapping[str, Any]) -> Study:
+    """Rebuild a Study from `study_to_json`."""
+    instances = (
+        Instance(**(v | {"header": Header.from_json(v["header"]), "path": Path(v["path"])})) for v in value["instances"]
+    )
+    return Study.from_instances(value["study"], value["revision"], instances)
