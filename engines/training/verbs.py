@@ -112,7 +112,9 @@ def do_package(o: Options) -> None:
     )
     x = np.stack([held.x[i, 2] for i in range(GOLDEN_CLIPS)]).astype(np.float32)
     logits, features = graph(x)
-    package.write_arrays(o.out, "golden.npz", {"x": x, "logits": logits, "features": features})
+    package.write_arrays(
+        o.out, "golden.npz", {"classifier.x": x, "classifier.logits": logits, "classifier.features": features}
+    )
     _note(o, {"choices": _chosen(choices), "scale": package.scale(maps)})
     _finish(o)
 
@@ -220,7 +222,7 @@ def _manifest(o: Options, plan: dict[str, Any], notes: dict[str, Any]) -> dict[s
             "data": {"kind": "phantom", "generator": f"engines/{o.task}/phantom.py", "cohorts": plan["cohorts"]},
             "fuse_error": notes["fuse_error"],
             "parity": notes["parity"],
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "git": notes["git"],
             "created": notes["created"],
             "licence": "Apache-2.0",
