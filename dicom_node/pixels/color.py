@@ -35,9 +35,11 @@ class YbrToRgb:
         out = np.empty((3, *y.shape), dtype=np.uint8)
         red, green, blue = self._tables
         steps = (red.take(cr), green.take(cb.astype(np.uint16) << 8 | cr), blue.take(cb))
-        wide = y.astype(np.int16).reshape(*cb.shape, -1)
-        for plane, step in zip(out, steps, strict=True):
-            np.clip(wide + step[..., None], 0, 255, out=plane.reshape(wide.shape), casting="unsafe")
+        pixels = y.shape[1] // cb.shape[1]  # that share a chroma value
+        for k in range(pixels):
+            wide = y[:, k::pixels].astype(np.int16)
+            for plane, step in zip(out, steps, strict=True):
+                np.clip(wide + step, 0, 255, out=plane[:, k::pixels], casting="unsafe")
         return out.transpose(1, 2, 0)
 
 

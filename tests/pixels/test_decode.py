@@ -608,3 +608,43 @@ def test_malformed_files_are_decoded_or_refused_within_bounded_memory(shared_dat
     assert frames > 80
     assert refused > len(claims)
     assert grown < 40, "megabytes"
+
+
+FUZZ = """
+import logging, random, resource, sys, warnings
+from pathlib import Path
+from dicom_node.pixels.decode import PixelsUndecodableError, decode_file
+warnings.simplefilter("ignore"); logging.disable(logging.CRITICAL)
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+rng, target, refused = random.Random(7), Path(sys.argv[1]), 0
+for path in map(Path, sys.argv[2:]):
+    for _ in range(40):
+        data = bytearray(path.read_bytes())
+        for _ in range(rng.choice([1, 2, 5, 30])):
+            at = rng.randrange(132, min(len(data), rng.choice([2500, 1 << 20])))
+            if rng.random() < 0.8:
+                data[at] = rng.choice([0, 255, rng.randrange(256)])
+            else:
+                del data[at : at + rng.randrange(1, 50)]
+        target.write_bytes(data)
+        try:
+            for _ in decode_file(target):
+                pass
+        except PixelsUndecodableError:
+            refused += 1
+print(refused)
+"""
+
+
+def test_damaged_files_raise_nothing_but_the_one_error(tmp_path: Path) -> None:
+    names = [
+        "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm", "SC_rgb_jpeg_gdcm.dcm",
+        "SC_rgb_jpeg_dcmtk.dcm", "JPGExtended.dcm", "SC_rgb_rle_2frame.dcm", "MR_small_expb.dcm",
+        "examples_palette.dcm",
+    ]  # fmt: skip
+    paths = [str(get_testdata_file(name)) for name in names]
+    done = subprocess.run(
+        [sys.executable, "-c", FUZZ, str(tmp_path / "f.dcm"), *paths], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 100
