@@ -15,6 +15,7 @@
     ├── LedgerError             the ledger is unusable: corrupt, of a newer schema, not writable
     ├── PackageError            a task or a model package is refused, with the failing step
     ├── WorkerError             the worker lost a job: crash, time-out, memory (costs one attempt)
+    ├── ReportError             the objects of a result cannot be built (costs one attempt)
     └── DeliveryError           an object was not delivered; says what may be done next
 
 A class says two things: its C-STORE `status` (PS3.4 table B.2-1, PS3.7 annex C) where it has one, and whether
@@ -120,6 +121,10 @@ class WorkerError(NodeError):
     """The worker process lost the job."""
 
     retryable = True
+
+
+class ReportError(NodeError):
+    """The objects of a result cannot be built."""
 
 
 class DeliveryError(NodeError):

@@ -48,7 +48,8 @@ def build(result: Result, sources: Mapping[str, Instance], context: ReportContex
     """Every object that some destination wants of this result, SR first.
 
     `sources` maps SOP Instance UID to the stored instance and holds at least `result.source_instances`.
-    Raises StoreError when a source header or a spooled array cannot be read or is not the one the result names.
+    Raises StoreError when a source header or a spooled array cannot be read or is not the one the result names, and
+    ReportError when the result cannot be written as DICOM.
     """
     from dicom_node.report import assembly
 

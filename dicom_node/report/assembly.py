@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 from pydicom.dataset import Dataset
 
-from dicom_node.errors import StoreError
+from dicom_node.errors import ReportError, StoreError
 from dicom_node.packages import Task
 from dicom_node.report import capture, objects, sr, uids
 from dicom_node.report.context import BuiltObject, ObjectKind, ReportContext, Variant
@@ -15,6 +18,18 @@ from dicom_node.result import Provenance, Refusal, Result
 from dicom_node.study import Instance
 
 
+@contextmanager
+def _as_report_error() -> Iterator[None]:
+    """What the DICOM libraries refuse becomes a fault of this job. Says where, not what: a value may name a patient."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RuntimeError) as e:
+        place = traceback.extract_tb(e.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        raise ReportError(f"the objects cannot be built ({type(e).__name__} at {where})") from None
+
+
+@_as_report_error()
 def build(result: Result, sources: Mapping[str, Instance], context: ReportContext) -> tuple[BuiltObject, ...]:
     """Every object that some variant wants of this result, SR first."""
     instances = _needed(result.source_instances, sources)
@@ -39,6 +54,7 @@ def build(result: Result, sources: Mapping[str, Instance], context: ReportContex
     return tuple(built)
 
 
+@_as_report_error()
 def build_not_assessable(
     refusal: Refusal,
     task: Task,
@@ -49,7 +65,7 @@ def build_not_assessable(
     """The SR without a number, for every SR variant wanted."""
     instances = list(sources.values())
     if not instances:
-        raise ValueError("a report needs at least one source instance: it says whose patient and study it is")
+        raise ReportError("a report needs at least one source instance: it says whose patient and study it is")
     headers = [read_source(i.path) for i in instances]
     content = {"refusal": [refusal.code, task.task, provenance.package_digest if provenance else ""]}
     keys = uids.Uids.of(context, uids.content_digest(content, instances, context))

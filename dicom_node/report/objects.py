@@ -24,10 +24,13 @@ from dicom_node import __version__
 from dicom_node.report import codes
 from dicom_node.report.context import ReportContext
 from dicom_node.report.normalise import CARRIED
-from dicom_node.report.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, Uids
+from dicom_node.report.uids import Uids
 from dicom_node.result import Code, FrameRef
+from dicom_node.store.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from dicom_node.study import OWN_MODEL_NAME
 
-MODEL_NAME: Final = "dicom-node"
+MODEL_NAME: Final = OWN_MODEL_NAME
+"""How the listener knows our objects when they come back (the loop guard)."""
 _CODEC = {"GB18030": "gb18030", "ISO_IR 100": "latin-1"}
 _SINGLE_FRAME = frozenset(
     {

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from dicom_node.errors import StoreError
+from dicom_node.errors import ReportError, StoreError
 from dicom_node.report.wording import DEMONSTRATION_MARK, NOT_ANATOMY, mark_of
 from dicom_node.result import ArrayFile, Finding, FrameRef, Heatmap, Result
 
@@ -112,9 +112,9 @@ def render_frames(
     """The picture of the chosen frames (0-based; None = all) as RGB (n, height, width, 3)."""
     frames, maps = load_array(heatmap.frames, spool), load_array(heatmap.map, spool)
     if not math.isfinite(heatmap.vmin) or not heatmap.vmin < heatmap.vmax < math.inf:
-        raise ValueError("a fixed scale needs vmin < vmax")
+        raise ReportError("a heatmap without a fixed scale: vmin < vmax is needed")
     if maps.shape != frames.shape[:3] or len(heatmap.frame_refs) != len(frames) or not np.isfinite(maps).all():
-        raise ValueError("frames, map and frame references of a heatmap belong together, and the map is finite")
+        raise ReportError("a heatmap whose frames, finite map and frame references do not belong together")
     layout = Layout.of(frames.shape[1], frames.shape[2], caption)
     background = _background(layout, heatmap, caption)
     mark = _mark(layout, caption.across) if caption.across else ()
@@ -202,7 +202,7 @@ def _background(layout: Layout, heatmap: Heatmap, caption: Caption) -> Image.Ima
     method = heatmap.method[:1].upper() + heatmap.method[1:]
     towards = f"{method}, towards: {caption.target}" if caption.target else method
     if layout.stacked:
-        draw.text((layout.left, above), f"Source frame above. {towards} below.", _DIM, _font(_BODY), anchor="ls")
+        draw.text((layout.left, above), f"Above: source frame. Below: {towards}", _DIM, _font(_BODY), anchor="ls")
     else:
         draw.text((layout.left, above), "Source frame", _DIM, _font(_BODY), anchor="ls")
         _fitted(draw, (layout.second[0], above), towards, layout.width - _MARGIN - layout.second[0])

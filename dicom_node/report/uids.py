@@ -27,9 +27,6 @@ from dicom_node import __version__
 from dicom_node.report.context import ReportContext
 from dicom_node.study import Instance
 
-IMPLEMENTATION_CLASS_UID = "2.25.150833706236029554733005094234947483919"
-"""PS3.7 D.3.3.2: names this implementation, whatever library it is built on."""
-IMPLEMENTATION_VERSION_NAME = f"DICOM_NODE_{__version__}"[:16]
 MAX_LENGTH = 64
 
 

@@ -201,14 +201,20 @@ def clip() -> Callable[..., Dataset]:
 
 
 @pytest.fixture
-def case(tmp_path: Path) -> Case:
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the time of a build is the packing of pixels that most tests do not look at."""
+    monkeypatch.setattr("dicom_node.report.picture.PANEL", 80)
+
+
+@pytest.fixture
+def case(tmp_path: Path, small_pictures: None) -> Case:
     made = Case(tmp_path)
     made.add(us_clip())
     return made
 
 
 @pytest.fixture
-def empty_case(tmp_path: Path) -> Case:
+def empty_case(tmp_path: Path, small_pictures: None) -> Case:
     return Case(tmp_path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dicom_node.errors import StoreError
+from dicom_node.errors import ReportError, StoreError
 from dicom_node.report.picture import ALPHA, Caption, Layout, blend, caption_of, colours, render_frames, saliency
 
 CAPTION = Caption("Title", "Model, version 1", "high grade", "", "")
@@ -116,5 +116,5 @@ def test_a_pickle_is_never_loaded(case: Any) -> None:
 
 
 def test_a_scale_without_extent_is_refused(case: Any) -> None:
-    with pytest.raises(ValueError, match="vmin < vmax"):
+    with pytest.raises(ReportError, match="vmin < vmax"):
         render_frames(replace(case.heatmap(), vmin=4.0), case.folder, CAPTION)

@@ -11,8 +11,10 @@ import pytest
 
 from dicom_node import report
 from dicom_node.config import Destination
-from dicom_node.errors import StoreError
+from dicom_node.errors import ReportError, StoreError
 from dicom_node.report import Variant
+from dicom_node.result import Code
+from dicom_node.study import Header, is_own_output
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
@@ -45,3 +47,19 @@ def test_a_finding_without_a_map_has_no_capture(case: Any) -> None:
     result = case.result()
     bare = replace(result, findings=(replace(result.findings[0], heatmap=None),))
     assert [b.kind for b in report.build(bare, case.sources, case.report_context())] == ["sr"]
+
+
+def test_a_result_that_dicom_cannot_hold_is_a_fault_that_says_where_but_not_what(case: Any) -> None:
+    result = case.result()
+    secret = Code("X" * 5, "99INFER", "Doe^Jane " * 20)
+    bad = replace(result, findings=(replace(result.findings[0], category=secret),))
+    with pytest.raises(ReportError, match=r"\(ValueError at \w+\.py:\d+\)") as e:
+        report.build(bad, case.sources, case.report_context())
+    assert "Doe" not in str(e.value)
+
+
+def test_what_we_made_is_known_as_ours_when_it_comes_back(case: Any) -> None:
+    for built in case.build():
+        ds = case.read(built)
+        header = Header.from_json({"ManufacturerModelName": ds.ManufacturerModelName})
+        assert is_own_output(header)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dicom_node.config import Report as ReportConfig
 from dicom_node.report import Predecessor, Variant
-from dicom_node.report.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, derive
+from dicom_node.report.uids import derive
+from dicom_node.store.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
 LEGAL = re.compile(r"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))+")
 BOTH = (Variant(), Variant(sr="enhanced", capture="keyframes", charset="GB18030"))
