@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from dicom_node.pixels.ultrasound import (
     tissue_regions,
 )
 from dicom_node.result import Refusal, RefusalCode
+from dicom_node.store.header import read_header
 from dicom_node.study import Header
 
 
@@ -288,3 +291,37 @@ def test_time_intensity_is_the_mean_grey_of_the_region_only() -> None:
     for frame in frames:
         frame[:10] = 255
     assert time_intensity(iter(frames), Region(0, 10, 59, 39)) == pytest.approx([10, 20, 35])
+
+
+# --- real headers, as the node reads them ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "bounds", "spacing", "doppler", "seconds"),
+    [
+        ("acuson_echo_65f_jpegbaseline.dcm", [(27, 48, 548, 391)], 0.525, False, 2.438),  # uneven FrameTimeVector
+        ("hp_echo_34f_jpegbaseline.dcm", [(42, 4, 438, 353)], 0.229, True, 0.99),
+        ("palette_echo_10f_rle.dcm", [], None, False, 0.684),
+        ("gdcm-US-ALOKA-16.dcm", [(32, 24, 335, 415), (336, 24, 639, 415)], 0.383, False, 0.0),
+        ("color-px.dcm", [], None, True, 0.0),
+        ("OBXXXX1A_2frame.dcm", [(120, 60, 799, 518)], 0.262, True, None),  # two frames and no time at all
+    ],
+)
+def test_real_headers(
+    name: str,
+    bounds: list[tuple[int, ...]],
+    spacing: float | None,
+    doppler: bool,
+    seconds: float | None,
+    shared_data: Path,
+) -> None:
+    head = read_header(shared_data / "us" / name)
+    found = tissue_regions(head)
+    assert [r.bounds for r in found] == bounds
+    assert (found[0].spacing_mm[0] if found and found[0].spacing_mm else None) == pytest.approx(spacing, abs=1e-3)
+    assert is_color_doppler(head) is doppler
+    times = frame_times(head)
+    if isinstance(times, Refusal):
+        assert seconds is None
+    else:
+        assert times[-1] == pytest.approx(seconds, abs=1e-3)
