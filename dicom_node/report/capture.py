@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -53,72 +52,65 @@ _LOSSY = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Frames:
-    """The drawn frames of one finding in the order of time, with what is needed to encode them."""
+    """The drawn frames of one finding in the order of time, plain and packed."""
 
     indices: tuple[int, ...]
     """Which of the heatmap's frames."""
     ranks: tuple[int, ...]
     """Position of each in the order of saliency."""
     pixels: NDArray[np.uint8]
+    packed: tuple[bytes, ...]
 
-    @cached_property
-    def rle(self) -> tuple[bytes, ...]:
-        """Each frame RLE encoded, always by the same plug-in: another one may pack the same pixels differently."""
-        return tuple(
-            RLELosslessEncoder.encode(
-                frame,
-                rows=frame.shape[0],
-                columns=frame.shape[1],
-                samples_per_pixel=3,
-                bits_allocated=8,
-                bits_stored=8,
-                pixel_representation=0,
-                photometric_interpretation="RGB",
-                number_of_frames=1,
-                planar_configuration=0,
-                encoding_plugin="pylibjpeg",
-            )
-            for frame in self.pixels
+    def at(self, positions: Sequence[int]) -> Frames:
+        """Those at these positions."""
+        return Frames(
+            tuple(self.indices[n] for n in positions),
+            tuple(self.ranks[n] for n in positions),
+            self.pixels[list(positions)],
+            tuple(self.packed[n] for n in positions),
         )
-
-    def within(self, max_bytes: float) -> Frames:
-        """The most salient frames that fit, at least one."""
-        size = self.pixels[0].nbytes
-        by_rank = sorted(range(len(self.indices)), key=self.ranks.__getitem__)
-        total, kept = 0, 0
-        for n in by_rank:
-            total += min(size, len(self.rle[n]))
-            if kept and total > max_bytes:
-                break
-            kept += 1
-        return self.only(sorted(by_rank[:kept]))
 
     def most_salient(self, count: int) -> Frames:
-        return self.only([n for n, rank in enumerate(self.ranks) if rank < count])
-
-    def only(self, chosen: Sequence[int]) -> Frames:
-        """Those at these positions."""
-        if len(chosen) == len(self.indices):
-            return self
-        kept = Frames(
-            tuple(self.indices[n] for n in chosen), tuple(self.ranks[n] for n in chosen), self.pixels[list(chosen)]
-        )
-        kept.__dict__["rle"] = tuple(self.rle[n] for n in chosen)
-        return kept
+        return self.at([n for n, rank in enumerate(self.ranks) if rank < count])
 
 
 def draw(result: Result, finding: Finding, heatmap: Heatmap, context: ReportContext) -> Frames:
-    """Choose and draw the frames; once for all variants."""
+    """Choose, draw and pack the frames; once for all variants."""
     capture = context.config.capture
     order = np.argsort(-picture.saliency(heatmap, context.spool), kind="stable")[: capture.max_frames]
-    rank = {int(index): n for n, index in enumerate(order)}
-    indices = tuple(sorted(rank))
     caption = picture.caption_of(result, finding)
-    pixels = picture.render_frames(heatmap, context.spool, caption, indices)
-    frames = Frames(indices, tuple(rank[i] for i in indices), pixels)
-    return frames.within(capture.max_mb * 1e6)
+    drawn = picture.render_frames(heatmap, context.spool, caption, [int(i) for i in order])
+    packed: list[bytes] = []
+    total = 0
+    for frame in drawn:
+        data = pack(frame)
+        total += min(len(data), frame.nbytes)
+        if packed and total > capture.max_mb * 1e6:
+            break
+        packed.append(data)
+    by_rank = Frames(
+        tuple(int(i) for i in order[: len(packed)]), tuple(range(len(packed))), drawn[: len(packed)], tuple(packed)
+    )
+    return by_rank.at(sorted(range(len(packed)), key=by_rank.indices.__getitem__))
+
+
+def pack(frame: NDArray[np.uint8]) -> bytes:
+    """One frame RLE encoded, always by the same plug-in: another one may pack the same pixels differently."""
+    return RLELosslessEncoder.encode(
+        frame,
+        rows=frame.shape[0],
+        columns=frame.shape[1],
+        samples_per_pixel=3,
+        bits_allocated=8,
+        bits_stored=8,
+        pixel_representation=0,
+        photometric_interpretation="RGB",
+        number_of_frames=1,
+        planar_configuration=0,
+        encoding_plugin="pylibjpeg",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +139,7 @@ def build_captures(
     if variant.capture == "multiframe":
         return [_capture(subject, frames, context, uids, variant, 1)]
     chosen = frames.most_salient(KEY_FRAMES)
-    return [_capture(subject, chosen.only([n]), context, uids, variant, n + 1) for n in range(len(chosen.indices))]
+    return [_capture(subject, chosen.at([n]), context, uids, variant, n + 1) for n in range(len(chosen.indices))]
 
 
 def _capture(
@@ -155,7 +147,7 @@ def _capture(
 ) -> Dataset:
     name = variant.name("capture")
     provenance = subject.result.provenance
-    packed = sum(map(len, frames.rle)) < frames.pixels.nbytes
+    packed = sum(map(len, frames.packed)) < frames.pixels.nbytes
     identity = objects.Identity(
         sop_class_uid=SOP_CLASS[variant.capture],
         sop_instance_uid=uids.instance("capture", name, subject.index, number),
@@ -280,7 +272,7 @@ def _pixels(made: Dataset, subject: Subject, frames: Frames, kind: CaptureKind, 
             made.FrameIncrementPointer = Tag("FrameTime")
             made.FrameTime = f"{subject.heatmap.frame_time_ms or _FRAME_TIME_MS:.10g}"
     if packed:
-        made.PixelData = encapsulate(list(frames.rle))
+        made.PixelData = encapsulate(list(frames.packed))
         made["PixelData"].VR = "OB"
         made["PixelData"].is_undefined_length = True
     else:

@@ -31,7 +31,8 @@ from dicom_node.result import ArrayFile, Finding, FrameRef, Heatmap, Result
 COLOUR_MAP: Final = "plasma"
 ALPHA: Final = 0.5
 PANEL: Final = 400
-"""Both panels are scaled so that the longer side has at least so many pixels, and at most twice as many."""
+PANEL_MAX: Final = 512
+"""Pixels of a panel's longer side, at least and at most: the full resolution is in the source itself."""
 
 # Every fifth colour of the 256; between them linear, at most 2 of 255 off.
 _PLASMA = (
@@ -145,7 +146,7 @@ class Layout:
     @classmethod
     def of(cls, rows: int, columns: int, caption: Caption) -> Layout:
         longer = max(rows, columns)
-        scale = PANEL / longer if longer < PANEL else min(1.0, 2 * PANEL / longer)
+        scale = PANEL / longer if longer < PANEL else min(1.0, PANEL_MAX / longer)
         panel = max(1, round(columns * scale)), max(1, round(rows * scale))
         stacked = columns > 1.9 * rows
         images = panel[0] if stacked else 2 * panel[0] + _GAP
