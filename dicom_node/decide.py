@@ -1,5 +1,5 @@
 """What the node itself decides on an engine's raw output: out-of-distribution gate, calibration, abstention,
-explanation, provenance. It stands outside every engine, so that no engine can skip it. Pure numpy; the only I/O is the spool.
+explanation, provenance. It stands outside every engine, so that no engine can skip it. The only I/O is the spool.
 
 Order: fault (not finite, wrong shape) > out of distribution > calibrate > threshold and band > class activation map.
 """

@@ -28,13 +28,20 @@ from dicom_node.study import Study
 class Reply(Protocol):
     """What came back from the worker for one job."""
 
-    outcome: str
-    """RESULT | REFUSED | UNCHANGED | FAULT."""
-    result: Mapping[str, Any] | None
-    refusal: Mapping[str, Any] | None
-    package: Mapping[str, Any]
-    error: str
-    input_digest: str
+    @property
+    def outcome(self) -> str:
+        """RESULT | REFUSED | UNCHANGED | FAULT."""
+
+    @property
+    def result(self) -> Mapping[str, Any] | None: ...
+    @property
+    def refusal(self) -> Mapping[str, Any] | None: ...
+    @property
+    def package(self) -> Mapping[str, Any]: ...
+    @property
+    def error(self) -> str: ...
+    @property
+    def input_digest(self) -> str: ...
 
 
 Predict = Callable[[Job, Route, Study, str | None], Reply]

@@ -1,8 +1,8 @@
-"""The route stage: judges each route on its own and commits its verdicts together with the jobs that follow from them."""
+"""The route stage: judges each route on its own; commits its verdicts together with the jobs that follow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -68,9 +68,9 @@ class RouteStage:
             return
         route = self._routes[verdict.route]
         priority = max(job.priority, select_priority(route, study, self._config.receive.priority_ae))
-        refusal, run_at = verdict.refusal, self._run_at(tx, route, study, now)
+        refusal, run_at = verdict.refusal, self._run_at(route, study, now)
         if refusal is None and not job.payload.get("incomplete_accepted"):
-            missing = missing_requirements(route.require, study, {})
+            missing = missing_requirements(route.require, study, {}, verdict.series)
             if missing and route.if_incomplete == "give_up":
                 refusal = Refusal(RefusalCode.INCOMPLETE, "missing: " + ", ".join(missing))
             elif missing and route.if_incomplete == "hold":
@@ -94,7 +94,7 @@ class RouteStage:
             }
             self._put(tx, job, Stage.REPORT, route, priority, now, payload=report)
 
-    def _run_at(self, tx: sa.Connection, route: Route, study: Study, now: float) -> float:
+    def _run_at(self, route: Route, study: Study, now: float) -> float:
         """A route may want a longer quiet time than the study timer: its job waits; a late instance supersedes it."""
         quiet = route.assemble.quiet_seconds
         if quiet is None:
@@ -113,7 +113,7 @@ class RouteStage:
         now: float,
         *,
         run_at: float | None = None,
-        payload: dict[str, object],
+        payload: Mapping[str, object],
         ending: Ending | None = None,
     ) -> None:
         jobs.put(
@@ -125,7 +125,7 @@ class RouteStage:
             priority=priority,
             now=now,
             run_at=run_at,
-            payload=payload,
+            payload=dict(payload),
             ending=ending,
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,11 @@ def infer_folder(config: Config, folder: Path, out: Path) -> tuple[dict[str, Any
         try:
             rejected = line.take(folder)
             line.run()
-            answer = {
-                "out": str(out),
-                "files": line.stored + len(rejected),
-                "rejected": rejected,
-                "studies": line.collect(out),
-            }
+            studies = line.collect(out)
         finally:
             line.close()
-    dead = any(o["state"] == "DEAD" for s in answer["studies"] for o in s["outcomes"])
+    dead = any(o["state"] == "DEAD" for told in studies for o in told["outcomes"])
+    answer = {"out": str(out), "files": line.stored + len(rejected), "rejected": rejected, "studies": studies}
     return answer, int(bool(rejected or dead))
 
 
@@ -86,7 +83,8 @@ class _Line:
         report = ReportStage(
             config, self.ledger, self.files, lambda name: task_of(config.engines.path, name), log, recorder
         )
-        self.stages = [RouteStage(config, self.ledger, self.files.path_of, log, recorder), infer, report]
+        route = RouteStage(config, self.ledger, self.files.path_of, log, recorder)
+        self.stages: list[Callable[[], bool]] = [route.run_once, infer.run_once, report.run_once]
 
     def take(self, folder: Path) -> list[dict[str, str]]:
         """Store every DICOM file below `folder`. What is not DICOM is named, not followed."""
@@ -126,7 +124,7 @@ class _Line:
     def _turn(self) -> bool:
         worked = False
         for stage in self.stages:
-            worked |= stage.run_once()
+            worked |= stage()
         return worked
 
     def _waiting(self) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 from dicom_node.config import Config
 from dicom_node.log import Log
 from dicom_node.service.control import Message, connect, lines
+from dicom_node.service.logs import open_log
 
 SEND_TIMEOUT = 2.0
 
@@ -62,13 +63,12 @@ class SocketLink:
 
 def run_listener(config: Config, link_fd: int | None) -> int:
     """`dicom-node run --only listen`, and the child of `dicom-node run`."""
-    from dicom_node.log import make_log
     from dicom_node.receive import Listener
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    log = make_log(config.log, config.store.root).bind(process="listener")
+    log = open_log(config.log, config.store.root, "listener")
     folder = config.store.root / "run"
 
     def by_control_socket() -> socket.socket:
@@ -87,7 +87,7 @@ def run_listener(config: Config, link_fd: int | None) -> int:
         notify("READY=1")
         threading.Thread(target=_watchdog, args=(stop, notify), daemon=True).start()
     else:
-        # Our parent is gone, however it ended: leave the port to its successor at once. What was acknowledged is durable.
+        # Our parent is gone, however it ended: leave the port to its successor. What was acknowledged is durable.
         def leave() -> None:
             link.wait_for_end()
             os._exit(0)

@@ -21,14 +21,16 @@ from dicom_node.assemble import AssembleStage
 from dicom_node.config import Config, Route
 from dicom_node.deliver import DeliverStage
 from dicom_node.infer import InferStage, Reply
-from dicom_node.log import make_log
 from dicom_node.metrics import Health, Metrics, serve
 from dicom_node.packages import task_of
+from dicom_node.pixels.decode import available_decoders
 from dicom_node.report.stage import ReportStage
+from dicom_node.route import check_routes
 from dicom_node.route.stage import RouteStage
 from dicom_node.service import upkeep
 from dicom_node.service.control import ControlServer, Message
 from dicom_node.service.listening import ListenerProcess, ListenerView
+from dicom_node.service.logs import open_log
 from dicom_node.service.loops import StageLoop
 from dicom_node.service.notify import notify
 from dicom_node.service.operate import apply_command
@@ -49,6 +51,7 @@ CRITICAL = ("index", "assemble", "route", "report", "upkeep")
 
 def run(config: Config, config_path: Path, *, only: str | None) -> int:
     """`dicom-node run` and `run --only work`. Returns when told to stop."""
+    check_routes(config.routes, str(config_path))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -79,7 +82,7 @@ class Node:
         self._files = Files(root)
         self._lock = lock_root(root, "work")
         self.metrics = Metrics()
-        self.log = make_log(config.log, root).bind(process="stages")
+        self.log = open_log(config.log, root, "stages")
         self.view = ListenerView(self._stored, self.metrics.merge, self._listener_event)
         self._listener = ListenerProcess(config_path, self.view, self.log) if with_listener else None
         if self._listener is not None:
@@ -87,7 +90,8 @@ class Node:
         self._started = time.monotonic()
         self.ledger = Ledger(root, config.store.ledger)
         self._workers = self._make_workers()
-        self._stages: list[Any] = []
+        self._stages: list[DeliverStage] = []
+        self._ledger_writable = True
         self._loops = self._make_loops()
         self._by_name = {loop.name: loop for loop in self._loops}
         self._control = ControlServer(root / "run", self._answer, self.view.take)
@@ -180,10 +184,14 @@ class Node:
 
     def watch(self) -> None:
         """Every few seconds: feed the watchdog only while everything that must live does."""
-        with self.ledger.write() as tx:  # the probe: can we still commit?
-            waiting = tx.execute(sa.text("SELECT count(*) FROM job WHERE state IN ('READY','RUNNING')")).scalar()
-        health = self.health()
-        if health.alive:
+        waiting = 0
+        try:
+            with self.ledger.write() as tx:  # the probe: BEGIN IMMEDIATE needs the write lock and a writable file
+                waiting = sum(jobs.counts(tx).values())
+            self._ledger_writable = True
+        except sa.exc.DBAPIError:
+            self._ledger_writable = False
+        if self.health().alive:
             notify("WATCHDOG=1")
         notify(f"STATUS={waiting} jobs open")
 
@@ -191,21 +199,21 @@ class Node:
         """For /healthz, /readyz and the watchdog."""
         now = time.monotonic()
         silent = [loop.name for loop in self._loops if loop.name in CRITICAL and now - loop.beat > BEAT_LIMIT]
-        reasons = [f"the {name} loop is silent" for name in silent]
         listening = self._listener is None or self.view.listening.is_set()
-        starting = [] if listening else ["the listener is not listening"]
-        engines = [
-            f"engine {task}: {info['error']}"
+        loaded = all(worker.is_ready for worker in self._workers)
+        missing = [name for name, plugin in available_decoders().items() if not plugin]
+        refused = [
+            f"engine {task}: {told['error']}"
             for worker in self._workers[:1]
-            for task, info in sorted(worker.engines().items())
-            if info.get("error")
+            for task, told in sorted(worker.engines().items())
+            if told["error"]
         ]
-        loading = [] if all(worker.is_ready for worker in self._workers) else ["engines are loading"]
-        return Health(
-            alive=not reasons,
-            ready=not (reasons or starting or loading),
-            reasons=(*reasons, *starting, *loading, *engines),
-        )
+        reasons = [f"the {name} loop is silent" for name in silent]
+        reasons += [] if listening else ["the listener is not listening"]
+        reasons += [] if loaded else ["engines are loading"]
+        reasons += [f"no decoder for {name}" for name in missing]
+        reasons += [] if self._ledger_writable else ["the ledger cannot be written"]
+        return Health(alive=not silent, ready=not reasons, reasons=(*reasons, *refused))
 
     # -- messages
 

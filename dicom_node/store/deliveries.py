@@ -273,3 +273,8 @@ def dead_counts(tx: sa.Connection) -> dict[str, int]:
 def paused_names(tx: sa.Connection) -> set[str]:
     """The destinations that are paused now."""
     return set(tx.execute(sa.select(destination.c.name).where(destination.c.paused_since.is_not(None))).scalars())
+
+
+def last_received(tx: sa.Connection, study_uid: str) -> float:
+    """When the study's last instance came."""
+    return float(tx.execute(sa.select(study.c.last_received).where(study.c.uid == study_uid)).scalar_one())
