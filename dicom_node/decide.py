@@ -69,6 +69,11 @@ def conclude(
         "calibration": f"{manifest.calibration.method}, T = {manifest.calibration.T:g}",
         **{f"out-of-distribution distance, {name}": f"{d:.2f}" for name, d in distances.items()},
         "out-of-distribution limit": f"{manifest.ood.limit:.2f}",
+        **{
+            f"side, {unit.tracking_identifier}": unit.laterality_note
+            for unit in prediction.units
+            if task.paired and unit.laterality in SIDES and unit.laterality_note
+        },
         "node version": __version__,
         **selection.parameters,
         **prediction.parameters,
@@ -167,7 +172,7 @@ def _finding(task: Task, package: ModelPackage, unit: UnitPrediction, spool: Pat
         finding=code(task.finding),
         site=code(task.site),
         laterality=SIDES.get(unit.laterality) if task.paired else None,
-        laterality_note=unit.laterality_note if task.paired else "",
+        laterality_note=unit.laterality_note if task.paired and unit.laterality not in SIDES else "",
         category_name=code(task.categories.name),
         category=category(p, task, manifest),
         scores=(Score(code(task.outcome), round(p, 4)),),

@@ -103,19 +103,20 @@ class InferStage:
             self._end(job, Ending(Outcome.RESULT, "UNCHANGED", text, **about))
         elif reply.outcome == "REFUSED" and reply.refusal is not None:
             refusal = Refusal(RefusalCode(reply.refusal["code"]), str(reply.refusal.get("detail", "")))
-            self._refuse(job, route, refusal, about)
+            self._refuse(job, route, refusal, about, dict(reply.package))
         elif reply.result is not None:
             self._result(job, route, result_from_json(dict(reply.result)), about)
         else:
             self._fault(job, f"the worker answered {reply.outcome} without a body")
 
-    def _refuse(self, job: Job, route: Route, refusal: Refusal, about: dict[str, Any]) -> None:
+    def _refuse(self, job: Job, route: Route, refusal: Refusal, about: dict[str, Any], package: dict[str, Any]) -> None:
         report = None
         if route.not_assessable == "sr" and route.mode == "live":
             report = {
                 "refusal": {"code": str(refusal.code), "detail": refusal.detail},
                 "destinations": list(route.deliver),
                 "series": job.payload.get("series", []),
+                "package": package,
             }
         self._end(job, Ending(Outcome.REFUSED, refusal.code, refusal.detail, **about), report=report)
 

@@ -37,7 +37,7 @@ from dicom_node.errors import NodeError, PackageError, WorkerError
 from dicom_node.log import Log, place_of
 from dicom_node.metrics import Recorder
 from dicom_node.packages import ModelPackage, Task
-from dicom_node.pixels.decode import PixelDecoder, PixelsUndecodableError
+from dicom_node.pixels.decode import PixelDecoder, PixelsUndecodableError, quiet_values
 from dicom_node.result import ClinicalInput, Refusal, RefusalCode
 from dicom_node.runtime.accept import Accepted, accept
 from dicom_node.runtime.onnx import OnnxSession
@@ -202,7 +202,9 @@ def _visible(study: Study, series: frozenset[str]) -> Study:
 
 
 def _package(package: ModelPackage) -> dict[str, Any]:
-    return {"version": package.manifest.version, "digest": package.digest}
+    """What is said of a package beside every answer: enough for the provenance of a refusal."""
+    m = package.manifest
+    return {"version": m.version, "digest": package.digest, "intended_use": m.intended_use, "algorithm": m.algorithm}
 
 
 def _refused(refusal: Refusal) -> dict[str, Any]:
@@ -252,6 +254,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends us in its order
     np.seterr(all="ignore")  # what is not finite is caught by decide.py, where it has a meaning
+    quiet_values()
     with socket.socket(fileno=parser.parse_args().fd) as channel, contextlib.suppress(BrokenPipeError, ConnectionError):
         _serve(channel)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +17,7 @@ from dicom_node.log import Log
 from dicom_node.metrics import Recorder
 from dicom_node.packages import Task
 from dicom_node.report import BuiltObject, Predecessor, ReportContext, Variant, build, build_not_assessable, preload
-from dicom_node.result import Refusal, RefusalCode, result_from_json
+from dicom_node.result import Provenance, Refusal, RefusalCode, result_from_json
 from dicom_node.store import deliveries, jobs, studies
 from dicom_node.store.deliveries import Output
 from dicom_node.store.files import Files, node_namespace, write_durable
@@ -93,7 +93,8 @@ class ReportStage:
         refusal = Refusal(RefusalCode(said["code"]), str(said["detail"]))
         series = set(job.payload.get("series", []))
         looked_at = {uid: i for uid, i in sources.items() if i.series_instance_uid in series} or sources
-        return build_not_assessable(refusal, self._task_of(str(job.payload["engine"])), looked_at, context)
+        task = self._task_of(str(job.payload["engine"]))
+        return build_not_assessable(refusal, task, looked_at, context, _provenance(task, job.payload.get("package")))
 
     def _destinations(self, job: Job) -> list[str]:
         """Those of the job that are still in config.yaml."""
@@ -134,3 +135,18 @@ class ReportStage:
             add_event(tx, now, job.study_uid, "REPORTED", f"{job.route}: {kinds}")
         self._recorder.inc("dicom_node_jobs_total", stage="report", outcome="BUILT", route=job.route)
         self._log.info("reported", study=self._log.uid(job.study_uid), job=job.id, objects=len(outputs))
+
+
+def _provenance(task: Task, package: Mapping[str, str] | None) -> Provenance | None:
+    """Of a refusal: the package that looked, if one did (the route may have refused before)."""
+    if not package:
+        return None
+    return Provenance(
+        task=task.task,
+        package_version=package["version"],
+        package_digest=package["digest"],
+        intended_use=package["intended_use"],
+        backend="onnx",
+        precision="fp32",
+        algorithm_name=package["algorithm"],
+    )

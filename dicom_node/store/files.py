@@ -209,8 +209,8 @@ class Files:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in FOLDERS:
-            (root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (root, *(root / name for name in FOLDERS)):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.incoming = root / "incoming"
         self.objects = root / "objects"
         self.spool = root / "spool"
