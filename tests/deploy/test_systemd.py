@@ -84,6 +84,21 @@ def test_supervision_is_as_documented(unit: Path) -> None:
     assert said["UMask"] == "0077"
 
 
+@pytest.mark.parametrize("unit", UNITS, ids=lambda p: p.name)
+def test_the_worker_may_read_what_the_processor_can_do(unit: Path) -> None:
+    """With ProcSubset=pid ONNX Runtime warns "cpuinfo_initialize failed. May cause CPU EP performance degradation"."""
+    assert dict(settings(unit))["ProcSubset"] == "all"
+
+
+def test_the_figure_in_the_documents_is_the_measured_one() -> None:
+    done = exposure(SYSTEMD / "dicom-node.service")
+    figure = re.search(r"exposure level for dicom-node\.service: (\S+)", done.stdout)
+    assert figure is not None
+    repository = SYSTEMD.parent.parent
+    assert f"(`systemd-analyze security`: {figure[1]})" in (repository / "deploy" / "README.md").read_text()
+    assert f"`systemd-analyze security` gives {figure[1]} " in (repository / "docs" / "security.md").read_text()
+
+
 def test_each_unit_runs_its_part() -> None:
     parts = {p.name: re.search(r"ExecStart=.* run ?(.*) --config", p.read_text())[1] for p in UNITS}  # type: ignore[index]
     assert parts == {
