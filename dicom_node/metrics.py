@@ -63,7 +63,12 @@ CATALOGUE: dict[str, Metric] = {
             "reason",
         ),
         _counter("instances_received", "Instances stored durably and acknowledged.", "calling_ae"),
-        _counter("instances_refused", "Instances answered with a failure status (hex).", "calling_ae", "status"),
+        _counter(
+            "instances_refused",
+            "Instances answered with a failure status (four hexadecimal digits).",
+            "calling_ae",
+            "status",
+        ),
         _counter("received_bytes", "Bytes of the data sets of acknowledged instances.", "calling_ae"),
         _histogram("store_seconds", "Last byte of an instance received to its acknowledgement.", _FAST),
         _counter("listener_restarts", "Times the listener process ended and was started again."),
