@@ -48,7 +48,7 @@ class Modality(threading.Thread):
 
     def run(self) -> None:
         for path in self.files:
-            while storescu(self.port, path, options=("-xy",)) != 0:
+            while storescu(self.port, path) != 0:
                 time.sleep(0.2)
             self.acknowledged.append(path)
 
@@ -129,7 +129,7 @@ def test_the_ledger_may_be_lost_the_files_say_all(make_node, tmp_path):
     with ReceivingPacs(tmp_path / "pacs", ae_title="PACS") as pacs:
         node = make_node(pacs.port).start()
         (path,) = variants(tmp_path / "files", 1)
-        assert storescu(node.port, path, options=("-xy",)) == 0
+        assert storescu(node.port, path) == 0
         node.wait_state(study_uid(path), "DONE")
         first = {r.sop_instance_uid: r.sha256 for r in pacs.received}
         node.kill()
@@ -155,7 +155,7 @@ def test_disk_full_is_refused_and_mends_itself(make_node, tmp_path):
             node = make_node(pacs.port, store={"root": str(mount / "var"), "min_free_gb": 0.05})
             node.start()
             first, second = variants(tmp_path / "files", 2)
-            assert storescu(node.port, first, options=("-xy",)) == 0
+            assert storescu(node.port, first) == 0
             node.wait_state(study_uid(first), "DONE")
             ballast = mount / "ballast"
             free = os.statvfs(mount).f_bavail * os.statvfs(mount).f_frsize
@@ -167,7 +167,7 @@ def test_disk_full_is_refused_and_mends_itself(make_node, tmp_path):
             )
             assert "Refused: OutOfResources" in refused.stdout + refused.stderr
             ballast.unlink()
-            wait_for(lambda: storescu(node.port, second, options=("-xy",)) == 0, 20, every=0.5)
+            wait_for(lambda: storescu(node.port, second) == 0, 20, every=0.5)
             node.wait_state(study_uid(second), "DONE")
             assert {r.study_instance_uid for r in pacs.received} == {study_uid(first), study_uid(second)}
             node.stop()
