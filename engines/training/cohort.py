@@ -16,16 +16,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
+from dicom_node.pixels.grey import resize
 from dicom_node.result import Refusal
 from dicom_node.study import Header, Instance
 from engines.training import dicomfile
+
+
+PLACE = (28, 28)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Cohort:
     counts: NDArray[np.int64]
     """Frames that are real."""
     y: NDArray[np.int64]
+    place: NDArray[np.float16]
+    """(clips, 28, 28) share of each cell that holds the planted lesion; zero for label 0."""
     seeds: NDArray[np.int64]
     nuisance: NDArray[np.float64]
     """(clips, features): image statistics and metadata that a shortcut would use."""
@@ -117,12 +123,14 @@ def instance_of(ds: Dataset) -> Instance:
     return Instance("0" * 32, header_of(ds), str(ds.file_meta.TransferSyntaxUID), "", Path(), "", "", "", "", 0.0)
 
 
-def prepare_clip(
-    task: str, seed: int, label: int, generator: str, encoding: str
-) -> tuple[Any, NDArray[np.float64]] | Refusal:
-    """One phantom through the engine: (Prepared, nuisance features), or the engine's refusal."""
-    source = phantom_of(task)
-    clip = source.make(seed, label, source.generator(generator))
+Job: TypeAlias = tuple[str, int, int, Mapping[str, Any], str]
+"""Task, seed, label, settings of the generator, encoding."""
+
+
+def prepare_clip(job: Job) -> tuple[Any, NDArray[np.float64], NDArray[np.float16]] | Refusal:
+    """One phantom through the engine: (Prepared, nuisance features, place), or the engine's refusal."""
+    task, seed, label, settings, encoding = job
+    clip = phantom_of(task).make(seed, label, settings)
     labels = dicomfile.Labels(uid_seed=seed)
     header = dicomfile.dataset(_Thin(clip), "raw", labels)
     header.NumberOfFrames, header.Rows, header.Columns = clip.frames.shape[:3]
@@ -132,7 +140,8 @@ def prepare_clip(
     prepared = engine_of(task).prepare(instance_of(header), MemoryReader(frames))
     if isinstance(prepared, Refusal):
         return prepared
-    return prepared, nuisance_features(prepared.crops, clip)
+    place = resize(clip.mass * np.float32(label), PLACE).astype(np.float16)
+    return prepared, nuisance_features(prepared.crops, clip), place
 
 
 class _Thin:
@@ -194,19 +203,19 @@ def _sources(task: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _one(job: tuple[str, int, int, str, str]) -> tuple[int, int, Any]:
-    task, seed, label, generator, encoding = job
-    done = prepare_clip(task, seed, label, generator, encoding)
+def _one(job: Job) -> tuple[int, int, Any]:
+    done = prepare_clip(job)
     if isinstance(done, Refusal):
-        return seed, label, str(done)
-    prepared, nuisance = done
-    return seed, label, (prepared.x.astype(np.float16), nuisance)
+        return job[1], job[2], str(done)
+    prepared, nuisance, place = done
+    return job[1], job[2], (prepared.x.astype(np.float16), nuisance, place)
 
 
-def _jobs(spec: Spec) -> Iterator[tuple[str, int, int, str, str]]:
+def _jobs(spec: Spec) -> Iterator[Job]:
+    settings = phantom_of(spec.task).generator(spec.generator)
     for index, (seed, label) in enumerate(spec.seeds()):
         encoding = ("jpeg" if (index // 2) % 2 else "raw") if spec.encoding == "mixed" else spec.encoding
-        yield spec.task, seed, label, spec.generator, encoding
+        yield spec.task, seed, label, settings, encoding
 
 
 def _make(spec: Spec, processes: int) -> dict[str, NDArray[Any]]:
@@ -229,6 +238,7 @@ def _make(spec: Spec, processes: int) -> dict[str, NDArray[Any]]:
         "x": np.stack([np.concatenate([v[0], np.repeat(v[0][-1:], most - len(v[0]), 0)]) for _, _, v in kept]),
         "counts": np.array([len(v[0]) for _, _, v in kept]),
         "y": np.array([label for _, label, _ in kept]),
+        "place": np.stack([v[2] for _, _, v in kept]),
         "seeds": np.array([seed for seed, _, _ in kept]),
         "nuisance": np.stack([v[1] for _, _, v in kept]),
         "refused": np.array(json.dumps(refused)),
@@ -249,4 +259,4 @@ def _save(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 def _load(path: Path) -> Cohort:
     with np.load(path, allow_pickle=False) as file:
         refused = tuple((int(seed), str(why)) for seed, why in json.loads(str(file["refused"])))
-        return Cohort(file["x"], file["counts"], file["y"], file["seeds"], file["nuisance"], refused)
+        return Cohort(file["x"], file["counts"], file["y"], file["place"], file["seeds"], file["nuisance"], refused)
