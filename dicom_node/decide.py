@@ -2,15 +2,17 @@
 explanation, provenance. It stands outside every engine, so that no engine can skip it. The only I/O is the spool.
 
 Order: fault (not finite, wrong shape) > out of distribution > calibrate > threshold and band > class activation map.
+A fault is the engine's defect and costs an attempt (WorkerError); a refusal is an answer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from scipy import ndimage
 
 from dicom_node import __version__
 from dicom_node.engine import Prediction, Selection, UnitPrediction
-from dicom_node.errors import WorkerError
+from dicom_node.errors import StoreError, WorkerError
+from dicom_node.metrics import Recorder
 from dicom_node.packages import CodeEntry, Manifest, ModelPackage, Task
 from dicom_node.result import (
     ArrayFile,
@@ -34,9 +37,10 @@ from dicom_node.result import (
     Result,
     Score,
 )
+from dicom_node.store.files import fsync_folder
 
 Array = NDArray[np.floating[Any]]
-SIDES = {
+SIDES = {  # CID 244
     "R": Code("24028007", "SCT", "Right"),
     "L": Code("7771000", "SCT", "Left"),
     "B": Code("51440002", "SCT", "Right and left"),
@@ -55,38 +59,32 @@ def conclude(
     backend: str,
     precision: str,
     seconds: float,
+    recorder: Recorder,
 ) -> Result | Refusal:
-    """From raw output to a Result, or OUT_OF_DISTRIBUTION. Raises WorkerError when the output is not usable at all."""
-    manifest = package.manifest
+    """From raw output to a Result, or OUT_OF_DISTRIBUTION when no unit is like the images the model was validated on.
+
+    Raises WorkerError when the output is not usable at all, StoreError when an array cannot be written.
+    """
+    check(selection, prediction, package)
+    limit = package.manifest.ood.limit
     distances = {unit.tracking_identifier: ood_distance(unit, package) for unit in prediction.units}
-    worst = max(distances.values())
-    if worst > manifest.ood.limit:
-        return Refusal(RefusalCode.OUT_OF_DISTRIBUTION, f"distance {worst:.1f}, limit {manifest.ood.limit:.1f}")
-    findings = tuple(_finding(task, package, unit, spool) for unit in prediction.units)
-    parameters = {
-        "threshold": f"{manifest.decision.threshold:.4f} ({manifest.decision.rule})",
-        "abstention band": f"{manifest.decision.abstain.lower:.4f} to {manifest.decision.abstain.upper:.4f}",
-        "calibration": f"{manifest.calibration.method}, T = {manifest.calibration.T:g}",
-        **{f"out-of-distribution distance, {name}": f"{d:.2f}" for name, d in distances.items()},
-        "out-of-distribution limit": f"{manifest.ood.limit:.2f}",
-        **{
-            f"side, {unit.tracking_identifier}": unit.laterality_note
-            for unit in prediction.units
-            if task.paired and unit.laterality in SIDES and unit.laterality_note
-        },
-        "node version": __version__,
-        **selection.parameters,
-        **prediction.parameters,
-    }
+    for distance in distances.values():
+        recorder.observe("dicom_node_ood_ratio", distance / limit, route=route)
+    inside = [unit for unit in prediction.units if distances[unit.tracking_identifier] <= limit]
+    if not inside:
+        return Refusal(RefusalCode.OUT_OF_DISTRIBUTION, _beyond(min(distances.values()), limit))
+    with _Spool(spool).batch() as files:
+        findings = tuple(_finding(task, package, selection, unit, files) for unit in inside)
+    manifest = package.manifest
     provenance = Provenance(
-        task.task,
-        manifest.version,
-        package.digest,
-        manifest.intended_use,
-        backend,
-        precision,
-        manifest.algorithm,
-        parameters,
+        task=task.task,
+        package_version=manifest.version,
+        package_digest=package.digest,
+        intended_use=manifest.intended_use,
+        backend=backend,
+        precision=precision,
+        algorithm_name=manifest.algorithm,
+        parameters=_parameters(task, manifest, selection, prediction, distances),
     )
     return Result(
         route=route,
@@ -101,34 +99,80 @@ def conclude(
 
 
 def input_digest(selection: Selection, clinical: Mapping[str, ClinicalInput], package: ModelPackage) -> str:
-    """SHA-256 over all a result depends on: selected pixels, clinical inputs, weights, how the selection was made."""
+    """SHA-256 over all a result depends on: selected instances, clinical inputs, weights, how the selection was made.
+
+    When and by whom an instance was sent, where it lies and what else the study holds do not count.
+    """
     about = [
         sorted((i.sop_instance_uid, i.digest) for i in selection.instances),
         sorted((c.name, c.value, c.unit, c.time, c.source) for c in clinical.values()),
         package.digest,
         selection.laterality,
-        sorted(selection.parameters.items()),
-        sorted((k, str(v)) for k, v in selection.extra.items()),
+        dict(selection.parameters),
+        dict(selection.extra),
     ]
-    return hashlib.sha256(json.dumps(about, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()
+    try:
+        text = json.dumps(about, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+    except (TypeError, ValueError):
+        raise WorkerError("select: extra holds something else than plain values") from None
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# -- faults
+
+
+def check(selection: Selection, prediction: Prediction, package: ModelPackage) -> None:
+    """Raises WorkerError unless every unit holds what `engine.UnitPrediction` promises, finite and of this package."""
+    names = [unit.tracking_identifier for unit in prediction.units]
+    if not names or not all(names) or len(set(names)) != len(names):
+        raise WorkerError("predict returned no unit, or two of the same name")
+    selected = {i.sop_instance_uid for i in selection.instances}
+    for unit in prediction.units:
+        for what, fits in _promises(unit, selected, package).items():
+            if not fits:
+                raise WorkerError(f"{unit.tracking_identifier}: {what}")
+
+
+def _promises(unit: UnitPrediction, selected: set[str], package: ModelPackage) -> dict[str, bool]:
+    n, maps, frames = len(unit.frame_refs), unit.feature_maps, unit.frames
+    classes, channels = package.head_weights.shape
+    grey_or_rgb = frames.ndim == 3 or (frames.ndim == 4 and frames.shape[3] == 3)
+    x0, y0, x1, y1 = unit.region
+    return {
+        f"logits of shape {unit.logits.shape}, {(classes,)} expected": unit.logits.shape == (classes,),
+        "the logits hold NaN or infinity": bool(np.isfinite(unit.logits).all()),
+        f"feature maps of shape {maps.shape}, (n, {channels}, h, w) expected": (
+            maps.ndim == 4 and maps.shape[:2] == (n, channels) and maps.size > 0
+        ),
+        "the feature maps hold NaN or infinity": bool(np.isfinite(maps).all()),
+        f"frames of shape {frames.shape} and type {frames.dtype}, uint8 (n, H, W) or (n, H, W, 3) expected": (
+            grey_or_rgb and frames.dtype == np.uint8 and frames.shape[0] == n and frames.size > 0
+        ),
+        f"a region of {x1 - x0 + 1} x {y1 - y0 + 1} pixels for frames of shape {frames.shape}": (
+            min(x0, y0) >= 0 and grey_or_rgb and frames.shape[1:3] == (y1 - y0 + 1, x1 - x0 + 1)
+        ),
+        "a frame of an instance that was not selected": {r.sop_instance_uid for r in unit.frame_refs} <= selected,
+        "a map that is not finite, or not (n, h, w)": unit.cam is None
+        or (unit.cam.ndim == 3 and unit.cam.shape[0] == n and bool(np.isfinite(unit.cam).all())),
+        f"laterality {unit.laterality!r}, R, L, B or empty expected": unit.laterality in ("", *SIDES),
+    }
+
+
+# -- gates and numbers
 
 
 def ood_distance(unit: UnitPrediction, package: ModelPackage) -> float:
     """Mean over the frames of the squared Mahalanobis distance of the globally averaged features (`OodSpec`)."""
-    features = unit.feature_maps
-    if features.ndim < 3 or features.shape[1] != package.ood_mean.shape[0]:
-        raise WorkerError(f"features of shape {features.shape}, {package.ood_mean.shape[0]} channels expected")
-    if not np.isfinite(features).all():
-        raise WorkerError("the features hold NaN or infinity")
-    pooled = features.astype(np.float64).mean(axis=tuple(range(2, features.ndim)))
-    centred = pooled - package.ood_mean
+    centred = unit.feature_maps.astype(np.float64).mean(axis=(2, 3)) - package.ood_mean
     return float(np.einsum("ni,ij,nj->n", centred, package.ood_precision, centred).mean())
 
 
+def _beyond(distance: float, limit: float) -> str:
+    return f"distance {distance:.1f} > limit {limit:.1f}"
+
+
 def probability(logits: Array, manifest: Manifest) -> float:
-    """Calibrated probability of the positive class: softmax of logits / T. Raises WorkerError."""
-    if logits.shape != (len(manifest.classes),) or not np.isfinite(logits).all():
-        raise WorkerError(f"logits of shape {logits.shape} or not finite; {len(manifest.classes)} classes expected")
+    """Calibrated probability of the positive class: softmax of logits / T."""
     scaled = logits.astype(np.float64) / manifest.calibration.T
     odds = np.exp(scaled - scaled.max())
     return float(odds[manifest.classes.index(manifest.positive)] / odds.sum())
@@ -140,6 +184,9 @@ def category(p: float, task: Task, manifest: Manifest) -> Code:
     if band.lower <= p <= band.upper:
         return code(task.categories.indeterminate)
     return code(task.categories.high if p >= manifest.decision.threshold else task.categories.low)
+
+
+# -- explanation
 
 
 def activation_map(features: Array, weights: Array, manifest: Manifest) -> NDArray[np.float32]:
@@ -164,25 +211,38 @@ def upsample(maps: Array, height: int, width: int) -> NDArray[np.float32]:
     return np.stack([ndimage.map_coordinates(maps[k].astype(np.float32), grid, order=1) for k in range(n)])
 
 
-def _finding(task: Task, package: ModelPackage, unit: UnitPrediction, spool: Path) -> Finding:
+# -- the result
+
+
+def _finding(task: Task, package: ModelPackage, selection: Selection, unit: UnitPrediction, files: _Spool) -> Finding:
     manifest = package.manifest
     p = probability(unit.logits, manifest)
+    side, note = _side(task, selection, unit)
     return Finding(
         tracking_identifier=unit.tracking_identifier,
         finding=code(task.finding),
         site=code(task.site),
-        laterality=SIDES.get(unit.laterality) if task.paired else None,
-        laterality_note=unit.laterality_note if task.paired and unit.laterality not in SIDES else "",
+        laterality=SIDES.get(side),
+        laterality_note="" if side else note,
         category_name=code(task.categories.name),
         category=category(p, task, manifest),
         scores=(Score(code(task.outcome), round(p, 4)),),
         sources=unit.frame_refs,
-        heatmap=_heatmap(task, package, unit, spool),
+        heatmap=_heatmap(task, package, unit, files),
         roi_source=unit.roi_source,
     )
 
 
-def _heatmap(task: Task, package: ModelPackage, unit: UnitPrediction, spool: Path) -> Heatmap:
+def _side(task: Task, selection: Selection, unit: UnitPrediction) -> tuple[str, str]:
+    """Side and what is said of it: the unit's; else, where it says nothing, that of all selected images."""
+    if not task.paired:
+        return "", ""
+    if unit.laterality or unit.laterality_note:
+        return unit.laterality, unit.laterality_note
+    return selection.laterality, selection.laterality_note
+
+
+def _heatmap(task: Task, package: ModelPackage, unit: UnitPrediction, files: _Spool) -> Heatmap:
     explain = package.manifest.explain
     maps = unit.cam
     if maps is None:
@@ -191,8 +251,8 @@ def _heatmap(task: Task, package: ModelPackage, unit: UnitPrediction, spool: Pat
     return Heatmap(
         method=explain.method,
         target=code(task.outcome),
-        frames=spill(unit.frames, spool),
-        map=spill(upsample(maps, height, width), spool),
+        frames=files.put(unit.frames),
+        map=files.put(upsample(maps, height, width)),
         frame_refs=unit.frame_refs,
         region=unit.region,
         vmin=explain.vmin,
@@ -201,23 +261,67 @@ def _heatmap(task: Task, package: ModelPackage, unit: UnitPrediction, spool: Pat
     )
 
 
-def spill(array: NDArray[Any], spool: Path) -> ArrayFile:
-    """Write an array as `.npy`, durable, under a name of ours."""
-    name = f"{uuid.uuid4().hex}.npy"
-    with (spool / name).open("xb") as file:
-        np.save(file, np.ascontiguousarray(array), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    digest = hashlib.sha256((spool / name).read_bytes()).hexdigest()
-    return ArrayFile(name, digest, tuple(array.shape), str(array.dtype))
-
-
-def unspill(files: Iterable[ArrayFile], spool: Path) -> None:
-    """Remove arrays of a result that is not going to be used."""
-    for file in files:
-        (spool / file.name).unlink(missing_ok=True)
+def _parameters(
+    task: Task, manifest: Manifest, selection: Selection, prediction: Prediction, distances: Mapping[str, float]
+) -> dict[str, str]:
+    """Enough to repeat the result. What the engine says comes last and cannot replace what the node says."""
+    decision, limit = manifest.decision, manifest.ood.limit
+    own = {
+        "threshold": f"{decision.threshold:.4f} ({decision.rule})",
+        "abstention band": f"{decision.abstain.lower:.4f} to {decision.abstain.upper:.4f}",
+        "calibration": f"{manifest.calibration.method}, T = {manifest.calibration.T:g}",
+        "out-of-distribution limit": f"{limit:.2f}",
+        "node version": __version__,
+    }
+    for unit in prediction.units:
+        name = unit.tracking_identifier
+        distance = distances[name]
+        own[f"{name}: out-of-distribution distance"] = f"{distance:.2f}"
+        if distance > limit:
+            own[f"{name}: not assessed"] = str(Refusal(RefusalCode.OUT_OF_DISTRIBUTION, _beyond(distance, limit)))
+            continue
+        own[f"{name}: frames"] = ", ".join(str(ref.frame_number) for ref in unit.frame_refs)
+        side, note = _side(task, selection, unit)
+        if side and note:
+            own[f"{name}: side"] = note
+    theirs = {str(key): str(value) for key, value in {**selection.parameters, **prediction.parameters}.items()}
+    return own | {key: value for key, value in theirs.items() if key not in own}
 
 
 def code(entry: CodeEntry) -> Code:
     """YAML to value."""
     return Code(entry.value, entry.scheme, entry.meaning)
+
+
+class _Spool:
+    """Arrays on their way to `report`: durable before the result names them, gone when there is no result."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._written: list[Path] = []
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[_Spool]:
+        """All that is put is durable at the end, or nothing is left of it. Raises StoreError."""
+        try:
+            yield self
+            fsync_folder(self._folder)
+        except BaseException as e:
+            for path in self._written:
+                path.unlink(missing_ok=True)
+            if isinstance(e, OSError):
+                raise StoreError(f"an array cannot be spooled ({e.strerror})") from e
+            raise
+
+    def put(self, array: NDArray[Any]) -> ArrayFile:
+        """Write an array as `.npy`, under a name of ours."""
+        path = self._folder / f"{uuid.uuid4().hex}.npy"
+        self._written.append(path)
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w+b") as file:
+            np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return ArrayFile(path.name, digest, tuple(array.shape), str(array.dtype))

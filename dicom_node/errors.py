@@ -15,6 +15,7 @@
     ├── LedgerError             the ledger is unusable: corrupt, of a newer schema, not writable
     ├── PackageError            a task or a model package is refused, with the failing step
     ├── WorkerError             the worker lost a job: crash, time-out, memory (costs one attempt)
+    ├── NodeStoppingError       the node ends the worker: the job in hand keeps its attempt
     ├── ReportError             the objects of a result cannot be built (costs one attempt)
     └── DeliveryError           an object was not delivered; says what may be done next
 
@@ -125,6 +126,12 @@ class WorkerError(NodeError):
 
 class ReportError(NodeError):
     """The objects of a result cannot be built."""
+
+
+class NodeStoppingError(NodeError):
+    """The node is stopping."""
+
+    retryable = True
 
 
 class DeliveryError(NodeError):

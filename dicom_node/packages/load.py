@@ -65,10 +65,6 @@ class ModelPackage:
     ood_precision: NDArray[np.float64]
     golden: Mapping[str, NDArray[Any]]
 
-    def graph(self, model: str, precision: str = "fp32") -> Path:
-        """Path of one graph."""
-        return self.folder / "models" / model / f"{precision}.onnx"
-
     def read(self, name: str) -> bytes:
         """A listed file, checked again: what is used is what was verified. Raises PackageError."""
         return _read(self.folder, name, self.manifest)

@@ -1,58 +1,74 @@
 """ONNX Runtime on the CPU: always there, and the truth that other backends are accepted against.
 
-A graph is read as bytes, so a reference to external data (a path out of the package) cannot be followed, and no custom
-operator library is ever loaded.
+A graph is untrusted input: it is handed over as the bytes whose SHA-256 was verified, external data is looked for in a
+folder that cannot exist, and no library of custom operators is ever loaded. Runs in the worker, under its memory limit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from dicom_node.errors import PackageError
+from dicom_node.errors import PackageError, WorkerError
 
-MAX_GRAPH_BYTES = 2 << 30
+NOWHERE = "/dev/null/external-data"
+"""From bytes, ONNX Runtime resolves a reference to external data against the working directory, "../" included. Here
+no folder can be, so a graph that refers to a file of this machine does not load."""
 
 
 class OnnxSession:
     """One graph. Raises PackageError when it cannot be loaded or does not have the promised inputs and outputs."""
 
     backend = "onnx"
-    precision = "fp32"
 
-    def __init__(self, path: Path, inputs: Sequence[str], outputs: Sequence[str], *, threads: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        graph: bytes,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        threads: int,
+        precision: str = "fp32",
+    ) -> None:
         import onnxruntime as ort
 
-        if path.stat().st_size > MAX_GRAPH_BYTES:
-            raise PackageError(f"{path.name}: larger than {MAX_GRAPH_BYTES >> 30} GB")
+        ort.disable_telemetry_events()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # its words quote names of the graph; what matters is raised
+        options.enable_cpu_mem_arena = False  # an arena keeps the largest study's memory for ever
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # an idle worker costs no CPU
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", NOWHERE)
         try:
-            self._session = ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except _errors() as e:
-            raise PackageError(f"{path.name}: ONNX Runtime refuses the graph ({type(e).__name__})") from e
+            raise PackageError(f"model {name}: ONNX Runtime refuses the graph ({type(e).__name__})") from None
+        self.precision = precision
         self._outputs = list(outputs)
-        self._check({i.name for i in self._session.get_inputs()}, set(inputs), "inputs", path.name)
-        self._check({o.name for o in self._session.get_outputs()}, set(outputs), "outputs", path.name)
+        self._check(name, "inputs", self._session.get_inputs(), inputs)
+        self._check(name, "outputs", self._session.get_outputs(), outputs)
 
     @staticmethod
-    def _check(found: set[str], promised: set[str], what: str, name: str) -> None:
-        if found != promised:
-            raise PackageError(f"{name}: its {what} are {sorted(found)}, the manifest says {sorted(promised)}")
+    def _check(name: str, what: str, nodes: Sequence[Any], promised: Sequence[str]) -> None:
+        if {node.name for node in nodes} != set(promised):
+            found = ", ".join(sorted(node.name for node in nodes))
+            raise PackageError(f"model {name}: its {what} are {found}; the manifest says {', '.join(promised)}")
+        for node in nodes:
+            if node.type != "tensor(float)":
+                raise PackageError(f"model {name}: {node.name} is {node.type}; single precision at the border expected")
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Raises PackageError when the graph does not take these shapes or dtypes."""
+        """Raises WorkerError when the graph does not take these names, shapes or dtypes, or memory runs out."""
         try:
             values = self._session.run(self._outputs, dict(inputs))
         except _errors() as e:
-            raise PackageError(f"ONNX Runtime: {type(e).__name__}") from e
+            given = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in inputs.items())
+            raise WorkerError(f"ONNX Runtime: {type(e).__name__} on {given}") from None
         return dict(zip(self._outputs, values, strict=True))
 
     def close(self) -> None:
@@ -61,16 +77,8 @@ class OnnxSession:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises: its own classes derive from Exception and RuntimeError."""
+    """What ONNX Runtime raises: its own classes derive from Exception, not from one base."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    own = (
-        "Fail",
-        "InvalidArgument",
-        "InvalidGraph",
-        "InvalidProtobuf",
-        "NotImplemented",
-        "RuntimeException",
-        "NoSuchFile",
-    )
-    return (*(getattr(state, name) for name in own if hasattr(state, name)), RuntimeError, ValueError)
+    own = [v for v in vars(state).values() if isinstance(v, type) and issubclass(v, Exception)]
+    return (*own, RuntimeError, ValueError, TypeError, MemoryError)

@@ -1,0 +1,183 @@
+"""The child's side: bound itself, load the engines, then answer one job after the other until the parent is gone.
+
+It may not touch the ledger, the network or a file outside the objects it was given and the spool. `guarded` is the
+worker's stage loop: one of the two places of the node where every exception is caught (engines are foreign code).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dicom_node import decide, packages
+from dicom_node.config import Engines, Infer
+from dicom_node.errors import NodeError, PackageError
+from dicom_node.log import place_of
+from dicom_node.metrics import Deltas
+from dicom_node.pixels.decode import quiet_values
+from dicom_node.result import ClinicalInput, Code, Refusal, RefusalCode
+from dicom_node.study import Study, study_from_json
+from dicom_node.worker.engines import Loaded, load_engine
+from dicom_node.worker.wire import EndedError, Wire
+
+OOM_SCORE_ADJUST = "500"
+"""The kernel kills a worker before it kills the receiver."""
+ROI_MODALITIES = frozenset({"SEG", "RTSTRUCT", "SR", "PR", "KO"})
+"""Series an engine sees besides those the route matched: where a region, a measurement or a rejection may stand."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An attempt that failed; free of PHI."""
+
+    text: str
+
+
+def guarded(work: Callable[[], _T]) -> _T | Fault:
+    """Run foreign code. Whatever it raises is a fault of this attempt, and this process goes on."""
+    try:
+        return work()
+    except NodeError as e:
+        return Fault(str(e))
+    except MemoryError:
+        return Fault("out of memory (infer.memory_gb)")
+    except (Exception, SystemExit) as e:  # noqa: BLE001  the worker's stage loop: an engine may raise anything
+        # Type and place only: the text of a foreign exception may quote a data element.
+        return Fault(f"{type(e).__name__} at {place_of(e.__traceback__)}")
+
+
+class Worker:
+    """The resident engines and the one job in hand."""
+
+    def __init__(self, setup: Mapping[str, Any], loading: Callable[[str], None]) -> None:
+        self._root = Path(setup["root"])
+        self._spool = self._root / "spool"
+        self._spool.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._engines = Engines.model_validate(setup["engines"])
+        self._infer = Infer.model_validate(setup["infer"])
+        self.deltas = Deltas()
+        self.engines: dict[str, Loaded | Fault] = {}
+        for task in setup["tasks"]:
+            loading(task)
+            self.engines[task] = guarded(partial(self._load, task))
+
+    def _load(self, task: str) -> Loaded:
+        if self._infer.runtime not in ("auto", "onnx"):
+            raise PackageError(f"infer.runtime is {self._infer.runtime}; this version runs onnx")
+        folder = packages.find_tasks(self._engines.path).get(task)
+        if folder is None:
+            raise PackageError(f"no task {task} under engines.path")
+        threads = max(1, len(os.sched_getaffinity(0)) // self._infer.workers_per_device)
+        return load_engine(folder, self._root, require_signature=self._engines.require_signature, threads=threads)
+
+    def told(self) -> dict[str, Any]:
+        """What `ready` says of each engine."""
+        return {
+            task: {"error": engine.text} if isinstance(engine, Fault) else engine.told()
+            for task, engine in self.engines.items()
+        }
+
+    def answer(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """One job, with everything that may go wrong in it."""
+        engine = self.engines.get(str(job["engine"]), Fault("not loaded"))
+        if isinstance(engine, Fault):
+            return _refused(Refusal(RefusalCode.ENGINE_NOT_AVAILABLE, engine.text))
+        about: dict[str, Any] = {"package": engine.about()}
+        outcome = guarded(lambda: self._run(engine, job, about))
+        return about | ({"outcome": "FAULT", "error": outcome.text} if isinstance(outcome, Fault) else outcome)
+
+    def _run(self, engine: Loaded, job: Mapping[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+        study = visible(study_from_json(job["study"]), frozenset(job["series"]))
+        clinical = {c["name"]: ClinicalInput(**(c | {"code": Code(*c["code"])})) for c in job["clinical"]}
+        selection = engine.select(study, clinical)
+        if isinstance(selection, Refusal):
+            return _refused(selection)
+        about["input_digest"] = decide.input_digest(selection, clinical, engine.package)
+        if about["input_digest"] == job["previous_input_digest"]:
+            return {"outcome": "UNCHANGED"}
+        concluded = engine.conclude(str(job["route"]), selection, clinical, self._spool, self.deltas)
+        if isinstance(concluded, Refusal):
+            return _refused(concluded)
+        return {"outcome": "RESULT", "result": concluded.to_json()}
+
+
+def visible(study: Study, series: frozenset[str]) -> Study:
+    """What the route matched, and what may hold a region: an engine for kidneys must not pick a liver clip."""
+    if not series:
+        return study
+    keep = tuple(s for s in study.series if s.series_instance_uid in series or s.modality in ROI_MODALITIES)
+    return Study(study.study_instance_uid, study.revision, keep)
+
+
+def _refused(refusal: Refusal) -> dict[str, Any]:
+    return {"outcome": "REFUSED", "refusal": {"code": str(refusal.code), "detail": refusal.detail}}
+
+
+# -- the process
+
+
+def main() -> None:
+    """The child's life."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--lifeline", type=int, required=True)
+    args = parser.parse_args()
+    _die_with_parent(args.lifeline)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends us in its order
+    np.seterr(all="ignore")  # what is not finite is caught by decide.py, where it has a meaning
+    quiet_values()
+    with socket.socket(fileno=args.fd) as channel, contextlib.suppress(EndedError):
+        _serve(Wire(channel))
+
+
+def _serve(wire: Wire) -> None:
+    setup = wire.receive()
+    _bound(float(setup["infer"]["memory_gb"]))
+    worker = Worker(setup, lambda task: wire.send({"kind": "loading", "task": task}))
+    wire.send({"kind": "ready", "engines": worker.told()})
+    while True:
+        job = wire.receive()
+        answer = {"kind": "done", "id": job["id"]} | worker.answer(job)
+        if deltas := worker.deltas.drain():
+            wire.send({"kind": "metrics", "deltas": deltas})
+        try:
+            wire.send(answer)
+        except (TypeError, ValueError):  # an engine put something else than plain values into its answer
+            wire.send({"kind": "done", "id": job["id"], "outcome": "FAULT", "error": "the answer is not plain values"})
+
+
+def _bound(memory_gb: float) -> None:
+    limit = int(memory_gb * 1e9)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold pixels and names
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE_ADJUST)
+
+
+def _die_with_parent(lifeline: int) -> None:
+    """The kernel ends this process when the parent's end of the pipe closes, however the parent ended.
+
+    A thread that waits for it would be kept waiting by a native decoder that hangs with the interpreter lock held, and
+    PR_SET_PDEATHSIG follows the thread that started us, not the process.
+    """
+    signal.signal(signal.SIGIO, signal.SIG_DFL)  # its default action is to end the process
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:
+        sys.exit(0)  # the parent was gone before we looked
