@@ -7,6 +7,7 @@
 #   /var/lib/dicom-node                 the store root: acknowledged instances, ledger, outputs, site models
 #   /etc/systemd/system/dicom-node*.service
 set -eu
+umask 022  # the service reads what root installs here
 
 usage() {
     cat <<'TEXT'
