@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import runpy
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,29 @@ PAGES = sorted(DOCS.glob("*.md"))
 DEPLOY_README = REPOSITORY / "deploy" / "README.md"
 
 
-def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "scripts" / "docs"), *arguments], capture_output=True, text=True
-    )
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def program() -> Any:
+    """scripts/docs, loaded once: what it imports costs a second."""
+    return runpy.run_path(str(REPOSITORY / "scripts" / "docs"))["main"]
+
+
+@pytest.fixture
+def generate(program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["docs", *arguments])
+        try:
+            return Done(program(), capsys.readouterr().out, "")
+        except SystemExit as e:
+            return Done(1, capsys.readouterr().out, str(e))
+
+    return run
 
 
 @pytest.fixture
@@ -41,12 +61,12 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path / "docs"
 
 
-def test_every_generated_block_is_as_the_code_says() -> None:
+def test_every_generated_block_is_as_the_code_says(generate: Callable[..., Done]) -> None:
     done = generate("--check")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_stale_block_is_named_and_written_anew(copy: Path) -> None:
+def test_a_stale_block_is_named_and_written_anew(copy: Path, generate: Callable[..., Done]) -> None:
     page = copy / "operator-guide.md"
     true = page.read_text()
     page.write_text(true.replace("| `NO_ROUTE` |", "| `NO_RUOTE` |"))
@@ -65,7 +85,9 @@ def test_a_stale_block_is_named_and_written_anew(copy: Path) -> None:
         ("states", "nothing", "no such block"),
     ],
 )
-def test_a_broken_block_is_an_error(copy: Path, before: str, after: str, said: str) -> None:
+def test_a_broken_block_is_an_error(
+    copy: Path, generate: Callable[..., Done], before: str, after: str, said: str
+) -> None:
     for other in copy.glob("[!o]*.md"):
         other.unlink()  # the error comes before anybody misses them
     page = copy / "operator-guide.md"
@@ -75,7 +97,7 @@ def test_a_broken_block_is_an_error(copy: Path, before: str, after: str, said: s
     assert said in done.stderr
 
 
-def test_a_block_that_no_page_shows_is_an_error(copy: Path) -> None:
+def test_a_block_that_no_page_shows_is_an_error(copy: Path, generate: Callable[..., Done]) -> None:
     (copy / "metrics.md").unlink()
     done = generate("--check", "--docs", str(copy))
     assert done.returncode == 1
