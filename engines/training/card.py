@@ -93,8 +93,8 @@ def _beside(metrics: Table) -> str:
     real = metrics.get("gate_real")
     if real:
         lines.append(
-            f"- Gate, real files: of {real['files']} images, {_ci(real['refused'])} refused by rule or gate; by the gate "
-            f"alone {_ci(real['by_gate_alone'])}. Of {real['dicom_files']} DICOM files, "
+            f"- Gate, real files: of {real['files']} images, {_ci(real['refused'])} refused by rule or gate; by the "
+            f"gate alone {_ci(real['by_gate_alone'])}. Of {real['dicom_files']} DICOM files, "
             f"{_ci(real['dicom_refused_by_rule'])} by rule and {_ci(real['dicom_by_gate_alone'])} by the gate alone."
         )
     return "\n".join(lines)
@@ -110,8 +110,8 @@ def _decision(manifest: Table, notes: Table) -> str:
         f"{manifest['calibration']['T']:.3f}, validation loss {nll['before']:.4f}, cross-validated with a temperature "
         f"{nll['with_temperature']:.4f}. Out of distribution above a mean squared Mahalanobis distance of "
         f"{manifest['ood']['limit']:.1f} (99th percentile). Map painted from {manifest['explain']['vmin']:.4f} to "
-        f"{manifest['explain']['vmax']:.4f}: cam = sum over channels of (W[positive] - W[negative]) f / Z, Z = number of "
-        "cells of the feature map, so that the map sums to the logit difference without its bias."
+        f"{manifest['explain']['vmax']:.4f}: cam = sum over channels of (W[positive] - W[negative]) f / Z, Z = number "
+        "of cells of the feature map, so that the map sums to the logit difference without its bias."
     )
 
 
@@ -147,7 +147,8 @@ def metadata(manifest: Table, notes: Table) -> dict[str, Any]:
         "network_data_format": {
             "inputs": {
                 "x": {
-                    "type": "image", "format": "magnitude", "num_channels": 1, "spatial_shape": size, "dtype": "float32",
+                    "type": "image", "format": "magnitude", "num_channels": 1, "spatial_shape": size,
+                    "dtype": "float32",
                     "value_range": [-1.0, 3.0], "is_patch_data": False, "channel_def": {"0": "grey"},
                 }
             },

@@ -28,7 +28,6 @@ from dicom_node.result import Refusal
 from dicom_node.study import Header, Instance
 from engines.training import dicomfile
 
-
 PLACE = (28, 28)
 
 
@@ -130,8 +129,12 @@ Job: TypeAlias = tuple[str, int, int, Mapping[str, Any], str]
 def prepare_clip(job: Job) -> tuple[Any, NDArray[np.float64], NDArray[np.float16]] | Refusal:
     """One phantom through the engine: (Prepared, nuisance features, place), or the engine's refusal."""
     task, seed, label, settings, encoding = job
-    clip = phantom_of(task).make(seed, label, settings)
-    labels = dicomfile.Labels(uid_seed=seed)
+    return prepare(task, phantom_of(task).make(seed, label, settings), encoding)
+
+
+def prepare(task: str, clip: Any, encoding: str) -> tuple[Any, NDArray[np.float64], NDArray[np.float16]] | Refusal:
+    """A clip in memory as the node would see it in that encoding, through the engine."""
+    labels = dicomfile.Labels(uid_seed=clip.seed)
     header = dicomfile.dataset(_Thin(clip), "raw", labels)
     header.NumberOfFrames, header.Rows, header.Columns = clip.frames.shape[:3]
     frames = clip.frames
@@ -140,7 +143,7 @@ def prepare_clip(job: Job) -> tuple[Any, NDArray[np.float64], NDArray[np.float16
     prepared = engine_of(task).prepare(instance_of(header), MemoryReader(frames))
     if isinstance(prepared, Refusal):
         return prepared
-    place = resize(clip.mass * np.float32(label), PLACE).astype(np.float16)
+    place = resize(clip.mass * np.float32(clip.label), PLACE).astype(np.float16)
     return prepared, nuisance_features(prepared.crops, clip), place
 
 
@@ -229,6 +232,11 @@ def _make(spec: Spec, processes: int) -> dict[str, NDArray[Any]]:
         for job in _jobs(spec):
             done.append(_one(job))
             _progress(spec, len(done))
+    return arrays(done)
+
+
+def arrays(done: list[tuple[int, int, Any]]) -> dict[str, NDArray[Any]]:
+    """(seed, label, what `prepare` gave or the refusal as text) of every clip, as the arrays of a Cohort."""
     kept = [(seed, label, value) for seed, label, value in done if not isinstance(value, str)]
     refused = [(seed, value) for seed, _, value in done if isinstance(value, str)]
     if not kept:
@@ -258,5 +266,10 @@ def _save(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 def _load(path: Path) -> Cohort:
     with np.load(path, allow_pickle=False) as file:
-        refused = tuple((int(seed), str(why)) for seed, why in json.loads(str(file["refused"])))
-        return Cohort(file["x"], file["counts"], file["y"], file["place"], file["seeds"], file["nuisance"], refused)
+        return from_arrays(file)
+
+
+def from_arrays(file: Mapping[str, NDArray[Any]]) -> Cohort:
+    """The inverse of `arrays`."""
+    refused = tuple((int(seed), str(why)) for seed, why in json.loads(str(file["refused"])))
+    return Cohort(file["x"], file["counts"], file["y"], file["place"], file["seeds"], file["nuisance"], refused)

@@ -145,7 +145,7 @@ def pointing(
     generator: Mapping[str, Any],
     clips: int = 100,
 ) -> dict[str, Any]:
-    """Pointing game on positives: is the map's maximum in the mass (8 px margin); chance = its share of the lit area."""
+    """Pointing game on positives: is the map's maximum in the mass (8 px margin)? Chance = share of the lit area."""
     phantom = phantom_of(task)
     hits, chance = 0, []
     chosen = np.flatnonzero(cohort.y == 1)[:clips]

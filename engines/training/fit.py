@@ -122,7 +122,7 @@ class LocalLoss(nn.Module):
 
     def forward(self, features: Tensor, head: Tensor, place: Tensor) -> Tensor:
         cells = torch.einsum("nchw,c->nhw", features, head[1] - head[0]) * self.scale.exp() + self.offset
-        target = adaptive_avg_pool2d(place[:, None], cells.shape[1:])[:, 0]
+        target = adaptive_avg_pool2d(place[:, None], (cells.shape[1], cells.shape[2]))[:, 0]
         return binary_cross_entropy_with_logits(cells, target, pos_weight=torch.full_like(cells[0, 0, 0], self.weight))
 
 

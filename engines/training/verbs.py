@@ -206,8 +206,8 @@ def _manifest(o: Options, plan: dict[str, Any], notes: dict[str, Any]) -> dict[s
         },
         "inputs": [
             {
-                "name": "x", "kind": "cine", "frames": len(engine.SECONDS_AFTER_ARRIVAL), "size": list(engine.INPUT_SIZE),
-                "channels": 1, "normalise": {"mean": engine.MEAN, "std": engine.STD},
+                "name": "x", "kind": "cine", "frames": len(engine.SECONDS_AFTER_ARRIVAL),
+                "size": list(engine.INPUT_SIZE), "channels": 1, "normalise": {"mean": engine.MEAN, "std": engine.STD},
             }
         ],
         "calibration": chosen["calibration"],

@@ -79,7 +79,8 @@ def test_selects_contrast_clips_in_order_of_acquisition(
     [
         ({"NumberOfFrames": 1}, RefusalCode.NO_SUITABLE_IMAGE),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.4"}, RefusalCode.NO_SUITABLE_IMAGE),
-        ({"ContrastBolusAgent": None, "StudyDescription": "Kidney", "SeriesDescription": ""}, RefusalCode.NO_SUITABLE_IMAGE),
+        ({"ContrastBolusAgent": None, "StudyDescription": "Kidney", "SeriesDescription": ""},
+         RefusalCode.NO_SUITABLE_IMAGE),
         ({"ContrastBolusAgent": None, "StudyDescription": "US without contrast", "SeriesDescription": ""},
          RefusalCode.NO_SUITABLE_IMAGE),
         ({"ContrastBolusAgent": "NONE"}, RefusalCode.NO_SUITABLE_IMAGE),
@@ -97,7 +98,9 @@ def test_refuses_by_header(
 
 
 @pytest.mark.parametrize("text", ["CEUS left kidney", "Kontrastmittel-Sonographie Niere", "肾脏超声造影", "US SonoVue"])
-def test_contrast_may_be_said_in_words(phantom_file: Make, instance_of: MakeInstance, study_of: MakeStudy, text: str) -> None:
+def test_contrast_may_be_said_in_words(
+    phantom_file: Make, instance_of: MakeInstance, study_of: MakeStudy, text: str
+) -> None:
     clip = instance_of(
         phantom_file(5, 1, frames=3), ContrastBolusAgent=None, StudyDescription=text, SeriesDescription=None
     )
@@ -139,7 +142,6 @@ def test_the_banner_never_reaches_the_model_or_a_picture(
 ) -> None:
     """Whatever is painted outside the contrast panel changes nothing that leaves the engine."""
     instance = instance_of(phantom_file(31, 1, "raw"))
-    x0, y0, x1, y1 = phantom.make(31, 1, frames=1).contrast
     outside = np.ones((phantom.ROWS, phantom.COLUMNS), bool)
     outside[phantom.TOP : phantom.TOP + phantom.PANEL[0]] = False
 
@@ -207,7 +209,9 @@ def test_a_clip_that_ends_after_the_arrival_has_too_few_frames(
     assert not run.seen
 
 
-def test_implausible_frame_times_are_refused(phantom_file: Make, instance_of: MakeInstance, study_of: MakeStudy) -> None:
+def test_implausible_frame_times_are_refused(
+    phantom_file: Make, instance_of: MakeInstance, study_of: MakeStudy
+) -> None:
     instance = instance_of(phantom_file(31, 1, frames=12), FrameTime=0.0, CineRate=None)
     answer, _ = _predict(instance, study_of(instance))
     assert isinstance(answer, Refusal)

@@ -29,7 +29,7 @@ def _trained(preset: str, seed: int = 0) -> network.RepVgg:
 
 
 def test_paper_preset_is_repvgg_a0() -> None:
-    """9.11 M parameters in train form and 8.31 M deployed, at 3 channels and 1000 classes (Ding et al. 2021, table 2)."""
+    """9.11 M parameters in train form, 8.31 M deployed, at 3 channels and 1000 classes (Ding et al. 2021)."""
     model = network.build("paper", channels=3, classes=1000)
     assert round(_parameters(model) / 1e6, 2) == 9.11
     assert round(_parameters(model.deploy()) / 1e6, 2) == 8.31

@@ -37,7 +37,14 @@ def test_only_the_perfusion_of_mass_and_hump_depends_on_the_label() -> None:
 
 def test_the_panel_follows_the_time_intensity_curve_of_the_cortex() -> None:
     settings = phantom.generator()
-    fixed = {"dose": 0.4, "gain_db": -12, "dynamic_range_db": 60, "noise_db": -60, "leak_db": -60, "shadow_probability": 0}
+    fixed = {
+        "dose": 0.4,
+        "gain_db": -12,
+        "dynamic_range_db": 60,
+        "noise_db": -60,
+        "leak_db": -60,
+        "shadow_probability": 0,
+    }
     settings["nuisance"] |= fixed | {"breathing_px": 0.0, "blotch": 0.0, "mottle": 0.0, "tints": {"grey": 1.0}}
     clip = phantom.make(21, 0, settings, frames=40)
     x0, y0, x1, y1 = clip.contrast
@@ -115,8 +122,9 @@ def test_the_command_needs_neither_torch_nor_the_checkout(tmp_path: Path) -> Non
     block.mkdir()
     for name in ("torch", "monai", "onnx", "sklearn", "safetensors", "matplotlib"):
         (block / f"{name}.py").write_text("raise ImportError('not in the base installation')")
-    command = [sys.executable, "-m", "engines.training", "phantom", "renal_ceus", "--seed", "4", "--label", "1",
-               "--out", str(tmp_path / "out"), "--frames", "4", "--laterality", "L", "--description", "CEUS kidney tumour"]  # fmt: skip
+    said = "--seed 4 --label 1 --frames 4 --laterality L --description".split()
+    command = [sys.executable, "-m", "engines.training", "phantom", "renal_ceus", *said, "CEUS kidney tumour"]
+    command += ["--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(elsewhere), str(block), str(ROOT)])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
