@@ -11,7 +11,6 @@ import contextlib
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,6 @@ from pynetdicom import AE, evt
 from pynetdicom._globals import MODE_ACCEPTOR
 from pynetdicom.association import Association as _Association
 from pynetdicom.dimse import DIMSEServiceProvider
-from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.transport import AddressInformation
 
@@ -31,8 +29,6 @@ from dicom_node.dimse.upper_layer import BoundedSocket, DataTF, PeerError, Upper
 from dicom_node.errors import TooLargeError
 
 MAX_COMMAND = 64 * 1024
-MAX_WAITING_MESSAGES = 8
-"""Complete messages not answered yet. We negotiate no asynchronous operations (PS3.7 D.3.3.3), so 1 is what is due."""
 MIN_BYTES_PER_SECOND = 1024
 """A message slower than this over a whole idle_timeout is a stall that pretends to be alive."""
 
@@ -42,36 +38,38 @@ _NEGOTIATION_ERRORS = (ValueError, TypeError, AttributeError, KeyError, IndexErr
 
 @dataclass(slots=True)
 class _Message:
-    """A message from its command to its answer."""
+    """A message whose data set is on its way in."""
 
     context_id: int
     command: Command
-    sink: Sink | None = None
-    cut: StoreResponse | None = None
-    """Answer this and abort: the peer sends more than we take."""
+    sink: Sink
+    began: float
+    size: int = 0
 
 
 class _Messages(DIMSEServiceProvider):
-    """Reassembles messages (PS3.7 6.3.1): commands in memory, data sets into a Sink as they come."""
+    """Reassembles messages (PS3.7 6.3.1): commands in memory, data sets into a Sink as they come; and answers them.
+
+    All of it runs in the upper layer's thread: from the last fragment to the response there is no other thread to wait
+    for, and while one message is made durable the next is not read. That is what bounds the messages in hand to one.
+    """
 
     def __init__(self, assoc: StorageAssociation, timeout: float) -> None:
         super().__init__(assoc)
-        self.waiting: deque[_Message] = deque()
         self._owner, self._timeout = assoc, timeout
         self._partial = bytearray()
         self._current: _Message | None = None
-        self._ended = False
         self._lock = threading.Lock()
-        self._began = 0.0
-        self._bytes = 0
+        self._ended = False
+        self.answering = False
 
     @property
     def busy(self) -> bool:
         """A data set is on its way in, or waits for its answer."""
-        return self._current is not None or bool(self.waiting)
+        return self.answering or self._current is not None
 
     def receive_primitive(self, primitive: Any) -> None:
-        """Runs in the upper layer's thread, for each P-DATA-TF."""
+        """For each P-DATA-TF."""
         data: DataTF = primitive
         try:
             for context_id, control, fragment in data.values:
@@ -95,57 +93,47 @@ class _Messages(DIMSEServiceProvider):
         except ValueError:
             raise PeerError("command_unreadable") from None
         self._partial.clear()
-        if len(self.waiting) >= MAX_WAITING_MESSAGES:
-            raise PeerError("too_many_messages")
-        message = _Message(context_id, command)
-        if command.field == C_STORE_RQ:
-            message.sink = self._owner.begin(context_id, command)
-        elif command.field != C_ECHO_RQ or command.has_data_set:
-            raise PeerError("operation_not_offered")
-        if command.has_data_set:
-            self._current, self._began, self._bytes = message, time.monotonic(), 0
+        if command.field == C_ECHO_RQ and not command.has_data_set:
+            self._owner.respond(context_id, command, StoreResponse(SUCCESS))
+        elif command.field == C_STORE_RQ:
+            self._current = _Message(context_id, command, self._owner.begin(context_id, command), time.monotonic())
+            if not command.has_data_set:
+                self._answer(self._current)
         else:
-            self._complete(message)
+            raise PeerError("operation_not_offered")
 
     def _data(self, context_id: int, fragment: memoryview, *, last: bool) -> None:
         message = self._current
         if message is None or message.context_id != context_id:
             raise PeerError("data_out_of_place")
-        self._check_progress(len(fragment))
-        with self._lock:
-            if self._ended or message.sink is None:
-                return  # what still comes of a message that was cut is thrown away
-            try:
-                message.sink.write(fragment)
-            except TooLargeError as e:
-                message.sink, message.cut = None, StoreResponse(OUT_OF_RESOURCES, str(e))
-        if message.cut is not None:
-            self._complete(message)
-        elif last:
-            self._current = None
-            self._complete(message)
-
-    def _check_progress(self, count: int) -> None:
-        self._bytes += count
-        took = time.monotonic() - self._began
-        if took > self._timeout and self._bytes < took * MIN_BYTES_PER_SECOND:
+        message.size += len(fragment)
+        took = time.monotonic() - message.began
+        if took > self._timeout and message.size < took * MIN_BYTES_PER_SECOND:
             raise PeerError("message_too_slow")
+        try:
+            with self._lock:
+                if self._ended:
+                    return
+                message.sink.write(fragment)
+        except TooLargeError as e:
+            self._current = None
+            self._owner.respond(context_id, message.command, StoreResponse(OUT_OF_RESOURCES, str(e)))
+            raise PeerError("instance_too_large") from None
+        if last:
+            self._answer(message)
 
-    def _complete(self, message: _Message) -> None:
-        self.waiting.append(message)
-        self._owner.work.set()
+    def _answer(self, message: _Message) -> None:
+        self.answering, self._current = True, None
+        self._owner.respond(message.context_id, message.command, message.sink.finish())
+        self.answering = False
 
     def abandon(self) -> None:
-        """The association is over: every sink that was not finished cleans up. May be called twice."""
+        """The association is over: a data set that did not come to its end leaves nothing. May be called twice."""
         with self._lock:
             self._ended = True
-            unfinished = [*self.waiting, *([self._current] if self._current is not None else [])]
-            self.waiting.clear()
-            self._current = None
-        for message in unfinished:
-            sink, message.sink = message.sink, None
-            if sink is not None:
-                sink.abandon()
+            message, self._current = self._current, None
+        if message is not None:
+            message.sink.abandon()
 
 
 class StorageAssociation(_Association):
@@ -210,8 +198,6 @@ class StorageAssociation(_Association):
         while not self._kill:
             self.work.wait(_WAIT)
             self.work.clear()
-            while self._messages.waiting and not self._kill:
-                self._answer(self._messages.waiting[0])
             if self._over():
                 self.kill()
 
@@ -223,7 +209,9 @@ class StorageAssociation(_Association):
         if self.acse.is_aborted() or not self.dul.is_alive():
             self.is_aborted, self.is_established = True, False
             return True
-        if self.dul.idle_timer_expired() and not self._stopping:
+        if self._messages.answering:
+            self._layer.busy_until_now()
+        elif self.dul.idle_timer_expired():
             self.complain("idle")
             self.abort(block=False)
             return True
@@ -232,38 +220,7 @@ class StorageAssociation(_Association):
             return True
         return False
 
-    def _answer(self, message: _Message) -> None:
-        """One message; it leaves the queue only then, so that `busy` is true meanwhile."""
-        if message.command.field == C_ECHO_RQ:
-            self._respond(message, StoreResponse(SUCCESS))
-        elif message.cut is not None:
-            self._respond(message, message.cut)
-            self.complain("instance_too_large")
-            self.abort(block=False)
-            self._kill = True
-        elif (sink := message.sink) is not None:
-            message.sink = None
-            self._respond(message, sink.finish())
-        self._layer.busy_until_now()
-        with contextlib.suppress(IndexError):
-            self._messages.waiting.popleft()
-
-    def _respond(self, message: _Message, answer: StoreResponse) -> None:
-        command = encode_response(
-            message.command,
-            answer.status,
-            comment=answer.comment[:ERROR_COMMENT_LENGTH],
-            offending_element=answer.offending_element,
-        )
-        room = max(1, (self.requestor.maximum_length or len(command) + 6) - 6)  # 0 = the peer takes any length
-        for at in range(0, len(command), room):
-            last = at + room >= len(command)
-            primitive = P_DATA()
-            fragment = (b"\x03" if last else b"\x01") + command[at : at + room]
-            primitive.presentation_data_value_list.append((message.context_id, fragment))
-            self.dul.send_pdu(primitive)
-
-    # Called from other threads
+    # Called from the upper layer's thread, and from the server
 
     def begin(self, context_id: int, command: Command) -> Sink:
         """A C-STORE-RQ is complete; where its data set goes."""
@@ -272,6 +229,19 @@ class StorageAssociation(_Association):
             raise PeerError("context_not_accepted")
         syntax = str(context.transfer_syntax[0])
         return self._receiver.begin(StoreRequest(self.info, command.sop_class_uid, command.sop_instance_uid, syntax))
+
+    def respond(self, context_id: int, command: Command, answer: StoreResponse) -> None:
+        """Send the response in as many P-DATA-TF as the peer's maximum length asks for (PS3.8 annex D.1)."""
+        data = encode_response(
+            command,
+            answer.status,
+            comment=answer.comment[:ERROR_COMMENT_LENGTH],
+            offending_element=answer.offending_element,
+        )
+        room = max(1, (self.requestor.maximum_length or len(data) + 6) - 6)  # 0 = the peer takes any length
+        for at in range(0, len(data), room):
+            self._layer.send_data(context_id, data[at : at + room], command=True, last=at + room >= len(data))
+        self._layer.busy_until_now()
 
     def complain(self, reason: str) -> None:
         """The association ends by the peer's fault."""

@@ -164,17 +164,18 @@ class Server:
         secure.setblocking(False)
         try:
             while True:
-                readers: list[ssl.SSLSocket] = []
-                writers: list[ssl.SSLSocket] = []
+                events = select.POLLIN
                 try:
                     secure.do_handshake()
                     return secure
                 except ssl.SSLWantReadError:
-                    readers = [secure]
+                    pass
                 except ssl.SSLWantWriteError:
-                    writers = [secure]
+                    events = select.POLLOUT
+                poll = select.poll()
+                poll.register(secure, events)
                 left = deadline - time.monotonic()
-                if left <= 0 or not any(select.select(readers, writers, [], left)):
+                if left <= 0 or not poll.poll(left * 1000):
                     raise TimeoutError("no TLS handshake in time")
         except OSError:
             secure.close()
