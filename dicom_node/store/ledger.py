@@ -69,8 +69,11 @@ class Ledger:
     def write(self) -> Iterator[sa.Connection]:
         """One transaction on the only writing connection. Raises sqlalchemy.exc.DBAPIError."""
         with self._lock, self._engine.begin() as tx:
+            before = _changes(tx)
             yield tx
-        self.on_commit()
+            changed = before is None or _changes(tx) != before
+        if changed:  # a claim that found nothing must not wake every stage
+            self.on_commit()
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -116,6 +119,12 @@ def add_event(tx: sa.Connection, at: float, study_uid: str | None, code: str, te
 def one(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """A row as a plain dict."""
     return None if row is None else dict(row)
+
+
+def _changes(tx: sa.Connection) -> int | None:
+    """Rows this connection has ever changed; None where the driver does not say."""
+    count: int | None = getattr(tx.connection.dbapi_connection, "total_changes", None)
+    return count
 
 
 def _is_sqlite(url: str | None) -> bool:

@@ -160,3 +160,13 @@ def test_commits_are_durable_and_one_connection_writes(ledger):
     with ledger.read() as tx:
         assert tx.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert tx.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+
+
+def test_a_claim_that_finds_nothing_wakes_nobody(ledger):
+    """Each empty claim once woke all loops, which claimed in turn: half a core on an idle node."""
+    woken = []
+    ledger.on_commit = lambda: woken.append(1)
+    assert claim(ledger) is None
+    assert woken == []
+    put(ledger)
+    assert woken == [1]

@@ -203,13 +203,9 @@ def make_phantom(folder: Path, *arguments: str, seed: int = 501, label: int = 1)
     return made
 
 
-PROPOSE = {"1.2.840.10008.1.2.4.50": "-xy", "1.2.840.10008.1.2.5": "-xr"}
-
-
 def storescu(port: int, *files: Path, called: str = "DICOM_NODE", calling: str = "MODALITY") -> int:
-    """DCMTK's storescu, its Nagle off so that tests are quick; proposes what the first file is encoded in."""
-    syntax = str(pydicom.filereader.read_file_meta_info(files[0]).TransferSyntaxUID)
-    command = [peer("storescu"), "-aet", calling, "-aec", called, PROPOSE.get(syntax, "-xe"), "127.0.0.1", str(port)]
+    """DCMTK's storescu, its Nagle off so that tests are quick; -R proposes exactly what the files are."""
+    command = [peer("storescu"), "-R", "-aet", calling, "-aec", called, "127.0.0.1", str(port)]
     done = subprocess.run(
         [*command, *map(str, files)], capture_output=True, env=os.environ | {"TCP_NODELAY": "1"}, timeout=120
     )
