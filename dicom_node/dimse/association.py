@@ -33,7 +33,15 @@ MIN_BYTES_PER_SECOND = 1024
 """A message slower than this over a whole idle_timeout is a stall that pretends to be alive."""
 
 _WAIT = 0.5
-_NEGOTIATION_ERRORS = (ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError)
+_NEGOTIATION_ERRORS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    AssertionError,
+    NotImplementedError,
+)
 
 
 @dataclass(slots=True)
@@ -176,10 +184,10 @@ class StorageAssociation(_Association):
             self.complain("negotiation_failed")
         finally:
             with contextlib.suppress(OSError):
-                self._raw.settimeout(1.0)
+                self._raw.shutdown(
+                    socket.SHUT_RDWR
+                )  # the upper layer ends with its connection, in whatever state it is
             self.kill()
-            with contextlib.suppress(OSError):
-                self._raw.shutdown(socket.SHUT_RDWR)
             self._raw.close()
             self._layer.close()
             self._messages.abandon()

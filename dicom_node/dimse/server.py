@@ -36,7 +36,16 @@ REQUEST_SECONDS = 10.0
 BACKLOG = 128
 
 _MIN_REQUEST = 68
-_DECODE_ERRORS = (ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError, struct.error)
+_DECODE_ERRORS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    AssertionError,
+    NotImplementedError,
+    struct.error,
+)
 
 
 class Server:
@@ -196,6 +205,10 @@ class Server:
             proposed = [str(c.abstract_syntax) for c in primitive.presentation_context_definition_list]
         except _DECODE_ERRORS:
             raise self._refusal(sock, "association_request_unreadable") from None
+        if not request.protocol_version & 1:
+            self._reject(sock, Rejection.PROTOCOL_VERSION, peer, calling, called)
+            return None
+        pdu = pdu[:6] + b"\x00\x01" + pdu[8:]  # only bit 0 is tested (PS3.8 table 9-11); the library wants no other set
         subject = subject_common_name(sock.getpeercert()) if isinstance(sock, ssl.SSLSocket) else None
         rejection = self._admission.admit(peer, calling, called, subject)
         if rejection is not None:

@@ -273,7 +273,8 @@ def check(data: Buffer, start: int, end: int, transfer_syntax_uid: str, wanted: 
     for kind, tag, _vr, offset, length, _encoding in walker:
         if walker.depth > (kind is Kind.SEQUENCE) or kind is Kind.SEQUENCE_END:
             continue
-        if tag in seen:  # PS3.5 7.1; which of the two is meant would depend on who reads
+        # PS3.5 7.1; which of the two is meant would depend on who reads. Of private elements nobody here reads either.
+        if tag in seen and not tag & 0x10000:
             raise CannotUnderstandError("an element stands twice", offending_element=tag)
         seen.add(tag)
         if kind is Kind.VALUE and tag in wanted:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import struct
+import threading
 import time
 
 import pytest
@@ -21,6 +24,7 @@ from raw_scu import (
     association_request,
     command_element,
     echo_command,
+    item,
     pdata,
     small_data_set,
     store_command,
@@ -96,6 +100,18 @@ def test_called_ae_title(tmp_path):
         with RawScu(node.port) as scu, pytest.raises(RejectedError) as rejected:
             scu.associate(called="dicom_node")
         assert rejected.value.args == (1, 1, 7)
+
+
+def test_protocol_version(tmp_path):
+    request = bytearray(association_request([(1, VERIFICATION, (IMPLICIT,))]))
+    with listening(tmp_path) as node:
+        for version, ok in ((1, True), (3, True), (2, False), (0, False)):
+            request[7] = version
+            with RawScu(node.port) as scu:
+                scu.send(bytes(request))
+                kind, body = scu.receive_pdu()
+                assert (kind == 2) if ok else (kind == 3 and tuple(body[1:4]) == (1, 2, 2))
+        wait_for(lambda: not node.listener._server.open_associations)
 
 
 ALLOW = [{"ae_title": "SCANNER", "address": "127.0.0.0/30"}]
@@ -274,8 +290,6 @@ def test_many_pdvs_in_one_pdu_and_one_byte_fragments(tmp_path):
 
 
 def test_stop_lets_the_instance_in_hand_finish(tmp_path):
-    import threading
-
     with listening(tmp_path) as node:
         idle = RawScu(node.port).associate()
         scu = RawScu(node.port).associate([(1, SC, (EXPLICIT,))])
@@ -296,3 +310,52 @@ def test_stop_lets_the_instance_in_hand_finish(tmp_path):
             scu.response()
         stopping.join(5)
         assert len(node.files(suffix=".dcm")) == 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("seed", range(4))
+def test_mutated_conversations_leave_nothing_behind(tmp_path, monkeypatch, seed):
+    """Each negotiation item, a C-STORE, a C-ECHO and a release, with bytes changed, lost and added at random."""
+    died: list[str] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: died.append(args.exc_type.__name__))
+    chance = random.Random(seed)
+
+    def mutate(data: bytes) -> bytes:
+        changed = bytearray(data)
+        for _ in range(chance.randint(1, 3)):
+            at, what = chance.randrange(len(changed)), chance.random()
+            if what < 0.85:
+                changed[at] = chance.choice((0, 1, 2, 0x7F, 0xFF, chance.randrange(256)))
+            elif what < 0.92:
+                del changed[at : at + chance.randint(1, 8)]
+            else:
+                changed[at:at] = chance.randbytes(chance.randint(1, 8))
+        return bytes(changed)
+
+    sop = struct.pack(">H", len(SC)) + SC.encode()
+    extra = item(0x54, sop + b"\1\1") + item(0x53, b"\0\0\0\0") + item(0x56, sop + b"\1\2") + item(0x55, b"NAME")
+    extra += item(0x58, b"\1\0" + struct.pack(">H", 3) + b"abc" + b"\0\0")
+    request = association_request([(1, SC, (EXPLICIT, IMPLICIT)), (3, MR, (EXPLICIT,))], extra=extra)
+    rest = pdata(1, 3, store_command(SC, UID)) + pdata(1, 2, small_data_set()) + pdata(1, 3, echo_command())
+    rest += b"\5\0\0\0\0\4\0\0\0\0"
+    established = 0
+    with listening(tmp_path, max_associations_per_peer=64) as node:
+        for number in range(100):
+            with RawScu(node.port, timeout=0.3) as scu:
+                sent = mutate(request) if number % 2 else request
+                scu.send(sent)
+                if len(sent) < 6 + struct.unpack(">L", sent[2:6])[0]:
+                    scu.socket.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(AbortedError, OSError):
+                    if scu.receive_pdu()[0] == 2:
+                        established += 1
+                        scu.send(mutate(rest))
+                        scu.socket.shutdown(socket.SHUT_WR)
+                    while True:
+                        scu.receive_pdu()
+        wait_for(lambda: not node.listener._server.open_associations)
+        with RawScu(node.port) as scu:
+            assert scu.associate().echo() == 0
+        assert node.files(suffix=".part") == []
+    assert established >= 50
+    assert died == []
