@@ -161,7 +161,7 @@ def test_disk_full_is_refused_and_mends_itself(make_node, tmp_path):
             free = os.statvfs(mount).f_bavail * os.statvfs(mount).f_frsize
             ballast.write_bytes(bytes(free - 20_000_000))
             refused = subprocess.run(
-                [peer("storescu"), "-v", "-R", "-aec", "DICOM_NODE", "127.0.0.1", str(node.port), str(second)],
+                [peer("storescu"), "-v", "-R", "-xy", "-aec", "DICOM_NODE", "127.0.0.1", str(node.port), str(second)],
                 capture_output=True,
                 text=True,
             )

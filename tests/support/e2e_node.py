@@ -203,13 +203,23 @@ def make_phantom(folder: Path, *arguments: str, seed: int = 501, label: int = 1)
     return made
 
 
+PROPOSE = {"1.2.840.10008.1.2.4.50": "-xy", "1.2.840.10008.1.2.5": "-xr"}
+
+
 def storescu(port: int, *files: Path, called: str = "DICOM_NODE", calling: str = "MODALITY") -> int:
-    """DCMTK's storescu, its Nagle off so that tests are quick; -R proposes exactly what the files are."""
-    command = [peer("storescu"), "-R", "-aet", calling, "-aec", called, "127.0.0.1", str(port)]
-    done = subprocess.run(
-        [*command, *map(str, files)], capture_output=True, env=os.environ | {"TCP_NODELAY": "1"}, timeout=120
-    )
-    return done.returncode
+    """DCMTK's storescu, an association a file, proposing what the file is (-R); its Nagle off so that tests are quick."""
+    worst = 0
+    for path in files:
+        syntax = str(pydicom.filereader.read_file_meta_info(path).TransferSyntaxUID)
+        command = [peer("storescu"), "-R", PROPOSE.get(syntax, "-xe"), "-aet", calling, "-aec", called]
+        done = subprocess.run(
+            [*command, "127.0.0.1", str(port), str(path)],
+            capture_output=True,
+            env=os.environ | {"TCP_NODELAY": "1"},
+            timeout=120,
+        )
+        worst = max(worst, done.returncode)
+    return worst
 
 
 def study_uid(path: Path) -> str:
