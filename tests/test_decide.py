@@ -228,7 +228,7 @@ def test_a_map_of_the_graph_is_used_where_the_head_is_not_linear(tmp_path: Path)
     stored = np.load(tmp_path / heatmap.map.name)
     assert (stored.shape, stored.dtype) == ((2, 40, 60), np.float32)
     np.testing.assert_array_equal(stored, decide.upsample(cam, 40, 60))
-    assert (stored[0].any(), stored[1, 25].max()) == (False, pytest.approx(-3.8))  # a twentieth of a cell from the centre
+    assert (stored[0].any(), stored[1, 25].max()) == (False, pytest.approx(-3.8))  # near its centre
 
 
 # -- the result
