@@ -38,8 +38,11 @@ class AssembleStage:
         open_associations: Callable[[], frozenset[str]],
         log: Log,
         recorder: Recorder,
+        *,
+        on_complete: Callable[[str], None] = lambda _study_uid: None,
     ) -> None:
         self._ledger, self._timing, self._open = ledger, timing, open_associations
+        self._on_complete = on_complete
         self._log, self._recorder = log, recorder
 
     def run_once(self) -> bool:
@@ -68,8 +71,11 @@ class AssembleStage:
             row = tx.execute(sa.select(schema.study).where(schema.study.c.uid == study.study_uid)).mappings().one()
             if row["due_at"] is None or row["last_received"] != study.last_received or row["hold"] is not None:
                 return  # an instance came in between; the timer was set anew
-            complete(tx, study.study_uid, now)
+            revision = complete(tx, study.study_uid, now)
         self._recorder.inc("dicom_node_studies_assembled_total")
+        if revision > 1:
+            self._recorder.inc("dicom_node_revisions_total")
+        self._on_complete(study.study_uid)
         self._log.info("study_assembled", study=self._log.uid(study.study_uid), revision=study.revision + 1)
 
 

@@ -136,6 +136,11 @@ class Audit:
             self._thread = threading.Thread(target=self._write, name="audit", daemon=True)
             self._thread.start()
 
+    @property
+    def enabled(self) -> bool:
+        """False = nothing is written anywhere."""
+        return self._thread is not None
+
     def started(self) -> None:
         """Application Start (A.5.3.1)."""
         self._activity("110120")

@@ -44,10 +44,12 @@ class DeliverStage:
         *,
         sender: Sender | None = None,
         chance: Callable[[], float] = random.random,
+        on_delivered: Callable[[Delivery], None] = lambda _sent: None,
     ) -> None:
         self._ledger, self._outputs, self._name, self._to, self._retry = ledger, outputs, name, destination, retry
         self._sender = sender or Sender(calling_ae_title)
         self._log, self._recorder, self._chance = log, recorder, chance
+        self._on_delivered = on_delivered
         self._failures = 0
         self._not_before = 0.0
 
@@ -121,6 +123,7 @@ class DeliverStage:
             last = deliveries.last_received(tx, one.study_uid)
         said = "delivered" if not outcome.status else "duplicate" if outcome.status == 0x0111 else "warning"
         self._count(said)
+        self._on_delivered(one)
         self._recorder.observe("dicom_node_stored_to_delivered_seconds", max(0.0, now - last), destination=self._name)
         self._log.info("delivered", study=self._log.uid(one.study_uid), destination=self._name, outcome=said)
 

@@ -126,6 +126,7 @@ class InferStage:
             for score in finding.scores:
                 self._recorder.observe("dicom_node_probability", score.probability, route=route.name)
         if route.mode == "shadow":
+            self._recorder.inc("dicom_node_shadow_results_total", route=route.name)
             self._end(
                 job, Ending(Outcome.SHADOW, "ROUTE_SHADOW", "this route runs in shadow mode", output=output, **about)
             )

@@ -41,4 +41,6 @@ def _listed(folder: Path, config: Config) -> dict[str, Any]:
     }
     if task.missing_libraries:
         return told | {"reason": f"not available: install {', '.join(task.missing_libraries)}"}
+    if config.infer.runtime not in ("auto", "onnx"):
+        return told | {"reason": f"infer.runtime is {config.infer.runtime}; this version runs onnx"}
     return told | {"available": True, "backends": BACKENDS}

@@ -22,6 +22,7 @@ from typing import Any
 
 from dicom_node.config import Config
 from dicom_node.log import Log
+from dicom_node.metrics import Recorder
 from dicom_node.service.control import Message, connect, lines
 from dicom_node.service.logs import open_log
 
@@ -161,9 +162,9 @@ class ListenerView:
 class ListenerProcess(threading.Thread):
     """Keeps one listener child alive: a crash costs the open associations, never the node."""
 
-    def __init__(self, config_path: Path, view: ListenerView, log: Log) -> None:
+    def __init__(self, config_path: Path, view: ListenerView, log: Log, recorder: Recorder) -> None:
         super().__init__(name="listener-supervisor", daemon=True)
-        self._config_path, self._view, self._log = config_path, view, log
+        self._config_path, self._view, self._log, self._recorder = config_path, view, log, recorder
         self._stopping = threading.Event()
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -193,6 +194,7 @@ class ListenerProcess(threading.Thread):
             if self._stopping.is_set():
                 return
             failures = 0 if time.monotonic() - started > 60 else failures + 1
+            self._recorder.inc("dicom_node_listener_restarts_total")
             self._log.error("listener_ended", exit_code=code, restarts=failures)
             self._stopping.wait(min(30.0, 0.1 * 2**failures))
 

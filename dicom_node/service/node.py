@@ -18,8 +18,10 @@ import sqlalchemy as sa
 
 from dicom_node import assemble
 from dicom_node.assemble import AssembleStage
+from dicom_node.audit import Audit
 from dicom_node.config import Config, Route
 from dicom_node.deliver import DeliverStage
+from dicom_node.errors import WorkerError
 from dicom_node.infer import InferStage, Reply
 from dicom_node.metrics import Health, Metrics, serve
 from dicom_node.packages import task_of
@@ -34,6 +36,7 @@ from dicom_node.service.logs import open_log
 from dicom_node.service.loops import StageLoop
 from dicom_node.service.notify import notify
 from dicom_node.service.operate import apply_command
+from dicom_node.service.trail import Trail
 from dicom_node.store import jobs
 from dicom_node.store.files import Files, lock_root
 from dicom_node.store.index import IndexStage
@@ -84,14 +87,22 @@ class Node:
         self.metrics = Metrics()
         self.log = open_log(config.log, root, "stages")
         self.view = ListenerView(self._stored, self.metrics.merge, self._listener_event)
-        self._listener = ListenerProcess(config_path, self.view, self.log) if with_listener else None
+        self._listener = ListenerProcess(config_path, self.view, self.log, self.metrics) if with_listener else None
         if self._listener is not None:
             self._listener.start()  # first: it loads its libraries while this process loads its own
         self._started = time.monotonic()
         self.ledger = Ledger(root, config.store.ledger)
+        audit = Audit(
+            config.audit.path,
+            config.audit.syslog,
+            ae_titles=(config.receive.ae_title, *config.receive.extra_ae_titles),
+            on_loss=lambda reason: self.log.error("audit_lost", reason=reason),
+        )
+        self._trail = Trail(config, self.ledger, audit)
         self._workers = self._make_workers()
         self._stages: list[DeliverStage] = []
         self._ledger_writable = True
+        self._warming = threading.Event()
         self._loops = self._make_loops()
         self._by_name = {loop.name: loop for loop in self._loops}
         self._control = ControlServer(root / "run", self._answer, self.view.take)
@@ -112,7 +123,9 @@ class Node:
         config, ledger, log, metrics = self._config, self.ledger, self.log, self.metrics
         timing = assemble.timing(config)
         self._index = IndexStage(ledger, self._files, timing, config.receive.priority_ae, log, metrics)
-        self._assembling = AssembleStage(ledger, timing, lambda: self.view.open_associations, log, metrics)
+        self._assembling = AssembleStage(
+            ledger, timing, lambda: self.view.open_associations, log, metrics, on_complete=self._trail.study_received
+        )
         routing = RouteStage(config, ledger, self._files.path_of, log, metrics)
         reporting = ReportStage(
             config, ledger, self._files, lambda name: task_of(config.engines.path, name), log, metrics
@@ -138,6 +151,7 @@ class Node:
                 config.receive.ae_title,
                 log,
                 metrics,
+                on_delivered=self._trail.object_sent,
             )
             self._stages.append(delivering)
             loops.append(
@@ -154,11 +168,12 @@ class Node:
         with self.ledger.write() as tx:
             recovered = jobs.recover(tx)
         sweep = self._index.adopt()
+        self._trail.audit.started()
         self.log.info("started", recovered_jobs=recovered, adopted_files=sweep.adopted, missing_files=sweep.missing)
         for loop in reversed(self._loops):
             loop.start()
         for worker in self._workers:
-            threading.Thread(target=worker.ready, name="worker-warm-up", daemon=True).start()
+            threading.Thread(target=self._warm, args=(worker,), name="worker-warm-up", daemon=True).start()
         self._control.start()
         section = self._config.metrics
         self._server = serve(self.metrics, section.host, section.port, self.health)
@@ -178,6 +193,8 @@ class Node:
             stage.close()
         if self._server is not None:
             self._server.close()
+        self._trail.audit.stopped()
+        self._trail.audit.close()
         self.ledger.checkpoint()
         self.ledger.close()
         self._lock.close()
@@ -191,6 +208,10 @@ class Node:
             self._ledger_writable = True
         except sa.exc.DBAPIError:
             self._ledger_writable = False
+        self.metrics.set("dicom_node_listening", float(self._listener is None or self.view.listening.is_set()))
+        for worker in self._workers:
+            if not worker.is_ready and not self._warming.is_set():  # it died while idle: be ready for the next study
+                threading.Thread(target=self._warm, args=(worker,), name="worker-warm-up", daemon=True).start()
         if self.health().alive:
             notify("WATCHDOG=1")
         notify(f"STATUS={waiting} jobs open")
@@ -215,6 +236,16 @@ class Node:
         reasons += [] if self._ledger_writable else ["the ledger cannot be written"]
         return Health(alive=not silent, ready=not reasons, reasons=(*reasons, *refused))
 
+    def _warm(self, worker: WorkerClient) -> None:
+        """Load the engines now; a worker that cannot start says so in the log, and the next job tries again."""
+        self._warming.set()
+        try:
+            worker.ready()
+        except WorkerError as e:
+            self.log.error("worker_not_ready", error=str(e))
+        finally:
+            self._warming.clear()
+
     # -- messages
 
     def _assemble_once(self) -> bool:
@@ -234,9 +265,14 @@ class Node:
     def _listener_event(self, message: Message) -> None:
         with self.ledger.write() as tx:
             add_event(tx, self.ledger.clock(), None, str(message["code"])[:48], str(message["text"])[:400])
+        if message["code"] == "ASSOCIATION_REJECTED":
+            self._trail.audit.association_rejected("", str(message.get("peer", "")), str(message["text"])[:400])
 
     def _answer(self, message: Message) -> Message:
-        return apply_command(self.ledger, message)
+        answer = apply_command(self.ledger, message)
+        if "text" in answer:
+            self._trail.ordered(str(message["kind"]), str(message["study"]))
+        return answer
 
 
 def predict_with(worker: WorkerClient, config: Config) -> Callable[[Job, Route, Study, str | None], Reply]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+from dicom_node import __version__
 from dicom_node.config import Config
 from dicom_node.log import Log
 from dicom_node.metrics import Recorder
@@ -36,6 +37,8 @@ class Upkeep:
         with self._ledger.read() as tx:
             open_jobs, backlog, states = jobs.counts(tx), deliveries.backlog(tx), inspect.states(tx)
             dead, paused = deliveries.dead_counts(tx), deliveries.paused_names(tx)
+        self._recorder.set("dicom_node_build_info", 1, version=__version__)
+        self._recorder.set("dicom_node_quarantine_files", self._files.count_quarantine())
         self._recorder.set("dicom_node_disk_free_bytes", self._files.free_bytes())
         self._recorder.set("dicom_node_disk_reserve_bytes", self._config.store.min_free_gb * 1e9)
         for state, count in states.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,3 +312,31 @@ def spool_files(result: Any) -> Iterable[str]:
 def known_ids_among(tx: sa.Connection, ids: list[str]) -> set[str]:
     """Which of these files are indexed already."""
     return set(tx.execute(sa.select(instance.c.id).where(instance.c.id.in_(ids))).scalars())
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What an audit message says of a study. Holds the Patient ID: for the audit trail only."""
+
+    patient_id: str
+    calling_ae: str
+    peer: str
+    sop_classes: dict[str, int]
+
+
+def about(tx: sa.Connection, study_uid: str) -> About:
+    """Of the instances as they are now."""
+    rows = tx.execute(
+        sa.select(instance.c.header, instance.c.calling_ae, instance.c.peer)
+        .where(instance.c.study_uid == study_uid, instance.c.current, ~instance.c.own)
+        .order_by(instance.c.received_at)
+    ).all()
+    headers = [Header.from_json(json.loads(row.header)) for row in rows]
+    classes = Counter(header.text("SOPClassUID") for header in headers)
+    first = rows[0] if rows else None
+    return About(
+        headers[0].text("PatientID") if headers else "",
+        first.calling_ae if first else "",
+        first.peer if first else "",
+        dict(classes),
+    )
