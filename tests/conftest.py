@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
+
+from dicom_node.study import Header, Instance
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -34,3 +39,24 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the real DICOM samples (../shared/data)")
     return folder
+
+
+@pytest.fixture
+def make_instance() -> Callable[..., Instance]:
+    """Instances of one ultrasound study; keywords change the header, `at`, `digest` and `association` the rest."""
+    numbers = itertools.count(1)
+
+    def make(at: float = 0.0, digest: str = "a", association: str = "A1", **header: object) -> Instance:
+        values: dict[str, object] = {
+            "StudyInstanceUID": "1.2.3",
+            "SeriesInstanceUID": "1.2.3.0",
+            "SOPInstanceUID": "1.2.3.1",
+            "SOPClassUID": "1.2.840.10008.5.1.4.1.1.3.1",
+            "PatientID": "P1",
+            "Modality": "US",
+        } | header
+        about = Header(MappingProxyType(values))  # type: ignore[arg-type]
+        own = f"{next(numbers):032x}"
+        return Instance(own, about, "1.2.840.10008.1.2.1", digest, Path(own), "MOD", "NODE", "::1", association, at)
+
+    return make

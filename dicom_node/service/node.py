@@ -269,6 +269,9 @@ class Node:
             self._trail.audit.association_rejected("", str(message.get("peer", "")), str(message["text"])[:400])
 
     def _answer(self, message: Message) -> Message:
+        if message.get("kind") == "explain":
+            self._trail.ordered("explain", str(message.get("study", ""))[:64])
+            return {"text": "noted"}
         answer = apply_command(self.ledger, message)
         if "text" in answer:
             self._trail.ordered(str(message["kind"]), str(message["study"]))

@@ -6,6 +6,7 @@ Reads the ledger read-only; orders go to the running node over its control socke
 
 from __future__ import annotations
 
+import contextlib
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +57,9 @@ def explain(config: Config, study_uid: str) -> Answer:
         answer = inspect.explain(tx, study_uid)
     if answer is None:
         raise UnknownTargetError(f"no study {study_uid} in the ledger of {config.store.root}")
+    if config.audit.path is not None or config.audit.syslog is not None:
+        with contextlib.suppress(OSError):  # an access is told to the running node, which keeps the trail
+            ask(config.store.root / "run", {"kind": "explain", "study": study_uid})
     return answer
 
 

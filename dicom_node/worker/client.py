@@ -89,8 +89,9 @@ class WorkerClient:
 
     @property
     def is_ready(self) -> bool:
-        """Engines are loaded, or were and will be again with the next job: only a start that fails is not ready."""
-        return self._ready
+        """The child runs and its engines are loaded. After a crash: no, until `ready` or the next job started another."""
+        child = self._child
+        return self._ready and child is not None and child.process.poll() is None
 
     @property
     def pid(self) -> int | None:

@@ -332,9 +332,7 @@ def test_pacs_down_then_up_each_object_arrives_once(make_node, tmp_path):
     phantom = make_phantom(tmp_path / "sent")
     assert storescu(node.port, phantom) == 0
     answer = node.wait_state(study_uid(phantom), "DELIVERING")
-    wait_for(
-        lambda: any("no connection" in d["reason"] for d in node.explain(study_uid(phantom))["deliveries"])
-    )
+    wait_for(lambda: any("no connection" in d["reason"] for d in node.explain(study_uid(phantom))["deliveries"]))
     assert len(answer["outcomes"]) == 1
     pacs.start()
     try:

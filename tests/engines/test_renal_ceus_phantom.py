@@ -122,7 +122,7 @@ def test_the_command_needs_neither_torch_nor_the_checkout(tmp_path: Path) -> Non
     block.mkdir()
     for name in ("torch", "monai", "onnx", "sklearn", "safetensors", "matplotlib"):
         (block / f"{name}.py").write_text("raise ImportError('not in the base installation')")
-    said = "--seed 4 --label 1 --frames 4 --laterality L --description".split()
+    said = ["--seed", "4", "--label", "1", "--frames", "4", "--laterality", "L", "--description"]
     command = [sys.executable, "-m", "engines.training", "phantom", "renal_ceus", *said, "CEUS kidney tumour"]
     command += ["--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(elsewhere), str(block), str(ROOT)])}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
 
@@ -14,30 +12,19 @@ from dicom_node.store.jobs import Ending
 from dicom_node.store.ledger import Ledger
 from dicom_node.store.schema import Outcome, Stage, study
 from dicom_node.store.studies import Timing
-from dicom_node.study import Header, Instance
+from dicom_node.study import Instance
 
 TIMING = Timing(quiet_seconds=60, force_after_seconds=600, late="rerun", max_revisions=2)
-numbers = itertools.count(1)
 
 
-def instance(
-    sop: str = "1.2.3.1", digest: str = "a", patient: str = "P1", at: float = 0.0, association: str = "A1"
-) -> Instance:
-    header = Header(
-        MappingProxyType(
-            {
-                "StudyInstanceUID": "1.2.3",
-                "SeriesInstanceUID": "1.2.3.0",
-                "SOPInstanceUID": sop,
-                "SOPClassUID": "1.2.840.10008.5.1.4.1.1.3.1",
-                "PatientID": patient,
-                "Modality": "US",
-            }
-        )
-    )
-    return Instance(
-        f"{next(numbers):032x}", header, "1.2.840.10008.1.2.1", digest, Path("x"), "MOD", "NODE", "::1", association, at
-    )
+@pytest.fixture
+def instance(make_instance):
+    def make(
+        sop: str = "1.2.3.1", digest: str = "a", patient: str = "P1", at: float = 0.0, association: str = "A1"
+    ) -> Instance:
+        return make_instance(at, digest, association, SOPInstanceUID=sop, PatientID=patient)
+
+    return make
 
 
 @pytest.fixture
@@ -70,7 +57,7 @@ def assembled(ledger: Ledger, revision: int, *, ran: bool = True) -> None:
             )
 
 
-def test_each_instance_moves_the_timer_but_never_past_the_cap(ledger):
+def test_each_instance_moves_the_timer_but_never_past_the_cap(ledger, instance):
     add(ledger, instance("1.1", at=100.0))
     assert row(ledger)["due_at"] == 160.0
     add(ledger, instance("1.2", at=130.0))
@@ -79,7 +66,7 @@ def test_each_instance_moves_the_timer_but_never_past_the_cap(ledger):
     assert row(ledger)["due_at"] == 700.0  # 100 + force_after
 
 
-def test_the_same_bytes_again_are_no_event_and_do_not_rearm(ledger):
+def test_the_same_bytes_again_are_no_event_and_do_not_rearm(ledger, instance):
     assert add(ledger, instance(at=100.0)) == "new"
     assembled(ledger, 1)
     before = events(ledger)
@@ -87,7 +74,7 @@ def test_the_same_bytes_again_are_no_event_and_do_not_rearm(ledger):
     assert row(ledger)["due_at"] is None and events(ledger) == before
 
 
-def test_other_bytes_under_the_same_uid_newest_is_used_older_is_kept(ledger, tmp_path):
+def test_other_bytes_under_the_same_uid_newest_is_used_older_is_kept(ledger, tmp_path, instance):
     add(ledger, instance(digest="a", at=100.0))
     assert add(ledger, instance(digest="b", at=110.0)) == "changed"
     with ledger.read() as tx:
@@ -96,7 +83,7 @@ def test_other_bytes_under_the_same_uid_newest_is_used_older_is_kept(ledger, tmp
         assert len(studies.known_ids(tx)) == 2
 
 
-def test_instances_that_disagree_on_the_patient_stop_the_study_until_they_agree(ledger):
+def test_instances_that_disagree_on_the_patient_stop_the_study_until_they_agree(ledger, instance):
     add(ledger, instance("1.1", patient="P1", at=100.0))
     add(ledger, instance("1.2", patient="P2", at=101.0))
     assert row(ledger)["hold"] == "PATIENT_CONFLICT"
@@ -107,7 +94,7 @@ def test_instances_that_disagree_on_the_patient_stop_the_study_until_they_agree(
     assert "PATIENT_AGREED" in events(ledger)
 
 
-def test_an_operator_may_decide_a_conflict_once_and_for_all(ledger):
+def test_an_operator_may_decide_a_conflict_once_and_for_all(ledger, instance):
     add(ledger, instance("1.1", patient="P1"))
     add(ledger, instance("1.2", patient="P2"))
     with ledger.write() as tx:
@@ -116,7 +103,7 @@ def test_an_operator_may_decide_a_conflict_once_and_for_all(ledger):
     assert row(ledger)["hold"] is None
 
 
-def test_our_own_object_coming_back_is_stored_and_does_not_arm(ledger):
+def test_our_own_object_coming_back_is_stored_and_does_not_arm(ledger, instance):
     add(ledger, instance("1.1", at=100.0))
     assembled(ledger, 1)
     assert add(ledger, instance("9.9", at=200.0), own=True) == "own"
@@ -126,14 +113,14 @@ def test_our_own_object_coming_back_is_stored_and_does_not_arm(ledger):
         assert len(studies.known_ids(tx)) == 2
 
 
-def test_a_study_of_our_own_objects_only_is_ignored(ledger):
+def test_a_study_of_our_own_objects_only_is_ignored(ledger, instance):
     add(ledger, instance("9.9"), own=True)
     with ledger.read() as tx:
         assert inspect.explain(tx, "1.2.3")["state"] == "IGNORED"
 
 
 @pytest.mark.parametrize(("late", "armed"), [("rerun", True), ("ignore", False)])
-def test_a_late_instance_arms_again_only_if_configured(ledger, late, armed):
+def test_a_late_instance_arms_again_only_if_configured(ledger, late, armed, instance):
     timing = Timing(60, 600, late, 2)
     add(ledger, instance("1.1", at=100.0), timing=timing)
     assembled(ledger, 1)
@@ -141,7 +128,7 @@ def test_a_late_instance_arms_again_only_if_configured(ledger, late, armed):
     assert (row(ledger)["due_at"] is not None) is armed
 
 
-def test_revisions_are_bounded_and_only_those_that_ran_count(ledger):
+def test_revisions_are_bounded_and_only_those_that_ran_count(ledger, instance):
     add(ledger, instance("1.1", at=100.0))
     assembled(ledger, 1, ran=False)
     for n, expected in ((2, True), (3, True), (4, False)):
@@ -151,7 +138,7 @@ def test_revisions_are_bounded_and_only_those_that_ran_count(ledger):
     assert "REVISIONS_EXHAUSTED" in events(ledger)
 
 
-def test_a_study_waits_for_the_associations_that_delivered_to_it(ledger):
+def test_a_study_waits_for_the_associations_that_delivered_to_it(ledger, instance):
     add(ledger, instance("1.1", at=100.0, association="A1"))
     add(ledger, instance("1.2", at=101.0, association="A2"))
     with ledger.read() as tx:
@@ -159,7 +146,7 @@ def test_a_study_waits_for_the_associations_that_delivered_to_it(ledger):
     assert due.associations == {"A1", "A2"}
 
 
-def test_retention_spares_what_is_pending_or_dead(ledger, clock):
+def test_retention_spares_what_is_pending_or_dead(ledger, clock, instance):
     now = clock()
     add(ledger, instance("1.1", at=now))
     assembled(ledger, 1)
@@ -188,7 +175,7 @@ def test_retention_spares_what_is_pending_or_dead(ledger, clock):
         assert studies.expirable(tx, clock() + 1e9) == []
 
 
-def test_status_counts_studies_and_names_the_oldest_undelivered(ledger, clock):
+def test_status_counts_studies_and_names_the_oldest_undelivered(ledger, clock, instance):
     add(ledger, instance("1.1", at=clock()))
     with ledger.write() as tx:
         deliveries.add_output(tx, Output("5.5", "1.2.3", 1, "r", "sr", "v", "c", "t", "1.5", "f", "s"), clock())

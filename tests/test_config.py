@@ -1,0 +1,112 @@
+"""config.yaml: what a mistake looks like to the person who made it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dicom_node import config
+from dicom_node.errors import ConfigError
+
+SHIPPED = Path(__file__).parent.parent / "config.yaml"
+
+
+def complaint(text: str, tmp_path: Path) -> ConfigError:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as e:
+        config.load(path)
+    assert e.value.file == str(path)
+    return e.value
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ("receive: {prot: 1}", "receive.prot", "no such key"),
+        ("recieve: {}", "recieve", "no such key"),
+        ("receive: {port: abc}", "receive.port", "integer"),
+        ("receive: {port: 70000}", "receive.port", "65535"),
+        ("receive: {ae_title: THIS_TITLE_IS_FAR_TOO_LONG}", "receive.ae_title", "1 to 16"),
+        ("receive: {host: 0.0.0.0}", "receive.allow", "must list the peers"),
+        ("receive: {allow: [{ae_title: PACS, address: here}]}", "receive.allow.0.address", "10.1.0.0/16"),
+        ("deliver: {destinations: {pacs: {ae_title: P, host: h}}}", "deliver.destinations.pacs.port", "required"),
+        ("routes: [{name: a, when: {}, indication: {any: [{roi: true}]}, engine: x}]", "routes.0.when", "at least one"),
+        ("routes: [{name: a, when: {modality: US}, engine: x}]", "routes.0.indication", "required"),
+        (
+            "routes: [{name: a, when: {modalty: US}, indication: {any: [{roi: true}]}, engine: x}]",
+            "routes.0.when.modalty",
+            "DICOM keyword",
+        ),
+        (
+            "routes: [{name: a, when: {StudyDescription: {regex: '('}}, indication: {any: [{roi: true}]}, engine: x}]",
+            "routes.0.when.StudyDescription.regex",
+            "regular expression",
+        ),
+        (
+            "routes: [{name: a, when: {modality: US}, indication: {any: [{roi: true}]}, engine: x, deliver: [pax]}]",
+            "routes.0.deliver",
+            "'pax'",
+        ),
+        ("store: {root: a, root: b}", "", "written twice"),
+        ("store: [", "", "YAML"),
+        ("- a", "", "mapping of sections"),
+        ("deliver: {destinations: {pacs: {ae_title: {file: gone}, host: h, port: 1}}}", "ae_title", "readable file"),
+    ],
+)
+def test_a_mistake_names_file_key_and_what_was_expected(tmp_path, text, key, expected):
+    error = complaint(text, tmp_path)
+    assert key in error.key and expected in error.expected
+
+
+def test_the_shipped_file_is_valid_and_shows_every_key_with_its_default(tmp_path):
+    """A key that is missing from the shipped file is a key no administrator will find."""
+    written = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    loaded = config.load(SHIPPED)
+    for name, section in loaded:
+        if name == "routes":
+            continue
+        assert set(written[name]) == set(type(section).model_fields), name
+    for part, model in (
+        (written["routes"][0], config.Route),
+        (written["deliver"]["destinations"]["pacs"], config.Destination),
+        (written["deliver"]["retry"], config.Retry),
+        (written["report"]["capture"], config.Capture),
+    ):
+        assert set(part) == set(model.model_fields), model
+    bare = config.parse({}, file="x", base=SHIPPED.parent)
+    for name in ("assemble", "infer", "report", "clinical", "log", "audit", "metrics", "store"):
+        assert getattr(loaded, name) == getattr(bare, name), name
+
+
+def test_a_secret_may_lie_in_a_file_of_its_own(tmp_path):
+    (tmp_path / "title").write_text("SECRET_AE\n")
+    (tmp_path / "config.yaml").write_text(
+        "deliver: {destinations: {pacs: {ae_title: {file: title}, host: h, port: 104}}}"
+    )
+    assert config.load(tmp_path / "config.yaml").deliver.destinations["pacs"].ae_title == "SECRET_AE"
+
+
+def test_paths_are_relative_to_the_file_not_to_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("store: {root: here}")
+    monkeypatch.chdir(os.sep)
+    assert config.load(tmp_path / "config.yaml").store.root == tmp_path / "here"
+
+
+@pytest.mark.parametrize(
+    ("host", "accept", "takes"),
+    [
+        ("127.0.0.1", False, True),
+        ("localhost", False, True),
+        ("::1", False, True),
+        ("10.0.0.5", False, False),
+        ("localhost.example.org", False, False),
+        ("10.0.0.5", True, True),
+    ],
+)
+def test_demonstration_results_leave_the_machine_only_by_a_written_word(host, accept, takes):
+    destination = config.Destination(ae_title="P", host=host, port=104, accept_demonstration=accept)
+    assert destination.takes_demonstration is takes
