@@ -89,7 +89,7 @@ class WorkerClient:
 
     @property
     def is_ready(self) -> bool:
-        """The child runs and its engines are loaded. After a crash: no, until `ready` or the next job started another."""
+        """The child runs and its engines are loaded; after a crash not until `ready` or a job started another."""
         child = self._child
         return self._ready and child is not None and child.process.poll() is None
 
@@ -186,7 +186,6 @@ class WorkerClient:
             engines = child.start(self._setup | {"tasks": tasks}, time.monotonic() + START_SECONDS, loading.append)
         except _LostError as e:
             self._failed_starts += 1
-            self._ready = False
             self._suspect(loading[-1:], e.text)
             self._lose(child, e.reason, e.text)
             raise WorkerError(f"the worker does not start: {e.text}") from None
@@ -213,7 +212,7 @@ class WorkerClient:
 
     def _lose(self, child: _Child, reason: str, text: str) -> None:
         child.end()
-        self._child = None
+        self._child, self._ready = None, False
         if self._closing.is_set():
             raise NodeStoppingError
         self._recorder.inc("dicom_node_worker_restarts_total", reason=reason)
