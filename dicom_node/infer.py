@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import sqlalchemy as sa
 
 from dicom_node.config import Config, Destination, Route
-from dicom_node.errors import WorkerError
+from dicom_node.errors import NodeStoppingError, WorkerError
 from dicom_node.log import Log
 from dicom_node.metrics import Recorder
 from dicom_node.result import Refusal, RefusalCode, Result, result_from_json
@@ -44,6 +44,8 @@ class Reply(Protocol):
     def input_digest(self) -> str: ...
 
 
+WORKER_START_SECONDS = 180.0
+"""A job may have to wait for a worker that loads its engines first; the lease covers that too."""
 Predict = Callable[[Job, Route, Study, str | None], Reply]
 """Run one job in a worker. Raises WorkerError on crash, hang, out-of-memory."""
 
@@ -67,7 +69,7 @@ class InferStage:
 
     def run_once(self) -> bool:
         """One job. True = there was one."""
-        lease = self._config.timeout_seconds + 60
+        lease = self._config.timeout_seconds + WORKER_START_SECONDS
         with self._ledger.write() as tx:
             job = jobs.claim(tx, Stage.INFER, self._ledger.clock(), lease)
         if job is None:
@@ -82,6 +84,8 @@ class InferStage:
         started = time.monotonic()
         try:
             reply = self._predict(job, route, study, previous)
+        except NodeStoppingError:
+            return False  # the attempt is taken back at the next start
         except WorkerError as e:
             self._fault(job, str(e))
             return True

@@ -102,7 +102,7 @@ class Node:
         self._workers = self._make_workers()
         self._stages: list[DeliverStage] = []
         self._ledger_writable = True
-        self._warming = threading.Event()
+        self._warming: set[WorkerClient] = set()
         self._loops = self._make_loops()
         self._by_name = {loop.name: loop for loop in self._loops}
         self._control = ControlServer(root / "run", self._answer, self.view.take)
@@ -210,7 +210,7 @@ class Node:
             self._ledger_writable = False
         self.metrics.set("dicom_node_listening", float(self._listener is None or self.view.listening.is_set()))
         for worker in self._workers:
-            if not worker.is_ready and not self._warming.is_set():  # it died while idle: be ready for the next study
+            if not worker.is_ready and worker not in self._warming:  # it died while idle: be ready for the next study
                 threading.Thread(target=self._warm, args=(worker,), name="worker-warm-up", daemon=True).start()
         if self.health().alive:
             notify("WATCHDOG=1")
@@ -238,13 +238,13 @@ class Node:
 
     def _warm(self, worker: WorkerClient) -> None:
         """Load the engines now; a worker that cannot start says so in the log, and the next job tries again."""
-        self._warming.set()
+        self._warming.add(worker)
         try:
             worker.ready()
         except WorkerError as e:
             self.log.error("worker_not_ready", error=str(e))
         finally:
-            self._warming.clear()
+            self._warming.discard(worker)
 
     # -- messages
 

@@ -207,7 +207,7 @@ PROPOSE = {"1.2.840.10008.1.2.4.50": "-xy", "1.2.840.10008.1.2.5": "-xr"}
 
 
 def storescu(port: int, *files: Path, called: str = "DICOM_NODE", calling: str = "MODALITY") -> int:
-    """DCMTK's storescu, an association a file, proposing what the file is (-R); its Nagle off so that tests are quick."""
+    """DCMTK's storescu, an association a file, proposing what the file is (-R); Nagle off, so that tests are quick."""
     worst = 0
     for path in files:
         syntax = str(pydicom.filereader.read_file_meta_info(path).TransferSyntaxUID)
