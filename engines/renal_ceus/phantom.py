@@ -235,7 +235,8 @@ class _Scene:
         density = self.density(seconds)
         if density.any():
             field = field + self.psf(physics.bubbles(rng, density))
-        shown = physics.log_compress(np.abs(field) * self.gain, n["dynamic_range_db"], n["gain_db"] + 4.0)
+        gain_db = n["gain_db"] + 4.0 + n["drift_db"] * max(seconds - n["arrival_s"], 0.0) / 30
+        shown = physics.log_compress(np.abs(field) * self.gain, n["dynamic_range_db"], gain_db)
         bmode = physics.log_compress(np.abs(tissue) * self.gain, 60, -12)
         return self._display(shown, shift), self._display(bmode, shift)
 

@@ -45,7 +45,13 @@ def test_the_panel_follows_the_time_intensity_curve_of_the_cortex() -> None:
         "leak_db": -60,
         "shadow_probability": 0,
     }
-    settings["nuisance"] |= fixed | {"breathing_px": 0.0, "blotch": 0.0, "mottle": 0.0, "tints": {"grey": 1.0}}
+    settings["nuisance"] |= fixed | {
+        "drift_db": 0.0,
+        "breathing_px": 0.0,
+        "blotch": 0.0,
+        "mottle": 0.0,
+        "tints": {"grey": 1.0},
+    }
     clip = phantom.make(21, 0, settings, frames=40)
     x0, y0, x1, y1 = clip.contrast
     panel = clip.frames[:, y0 : y1 + 1, x0 : x1 + 1, 0].astype(np.float64)
