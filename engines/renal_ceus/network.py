@@ -2,8 +2,12 @@
 
 `build("paper")` is the A0 setting at full width; `build("demo")` the same topology (1, 2, 4, 14, 1 blocks), narrow, and
 without the last two strides: stride 8 of an image of 112² (the graph halves its 224² input), so that the last feature
-map is fine enough to show where a score comes from. Outputs: `logits` and `features` (the last feature map); the head
-is global average pooling and one linear layer, so that a class activation map is exact from `features` and its weights.
+map is fine enough to show where a score comes from. The head is global average pooling and one linear layer.
+
+Outputs: `logits` and `features`. `features` holds the last feature map and, before it, the maps after the stem and the
+first two stages, averaged to the same grid. The head ignores those (`full_head` gives them weight zero, so a class
+activation map stays exact); they are for the out-of-distribution gate, because the last map alone has learnt to ignore
+what makes an image foreign: white noise looks ordinary to it.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import avg_pool2d, pad
 
 BLOCKS = (2, 4, 14, 1)
 
@@ -83,16 +87,31 @@ class RepVgg(nn.Module):
         self.pool = nn.AvgPool2d(preset.pool) if preset.pool > 1 else nn.Identity()
         layers: list[nn.Module] = []
         inputs = channels
+        ends: list[int] = []
         for count, width, stride in zip((1, *blocks), preset.widths, preset.strides, strict=True):
             for index in range(count):
                 layers.append(RepVggBlock(inputs, width, stride if index == 0 else 1))
                 inputs = width
+            ends.append(len(layers) - 1)
+        self.early = tuple(ends[:3])
+        """Blocks whose maps go to the gate: the ends of the stem and of the first two stages."""
         self.body = nn.Sequential(*layers)
+        self.gate_channels = sum(preset.widths[:3])
         self.head = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.body(self.pool(x))
-        return self.head(features.mean(dim=(2, 3))), features
+        early: list[Tensor] = []
+        x = self.pool(x)
+        for index, block in enumerate(self.body):
+            x = block(x)
+            if index in self.early:
+                early.append(x)
+        features = [avg_pool2d(e, e.shape[-1] // x.shape[-1]) for e in early]
+        return self.head(x.mean(dim=(2, 3))), torch.cat([*features, x], dim=1)
+
+    def full_head(self) -> tuple[Tensor, Tensor]:
+        """Weights (K, C) and bias (K,) over all channels of `features`: zero for the gate's."""
+        return pad(self.head.weight.detach(), [self.gate_channels, 0]), self.head.bias.detach()
 
     def deploy(self) -> RepVgg:
         """A re-parameterised copy for inference; gives the same outputs to rounding."""

@@ -121,7 +121,8 @@ class LocalLoss(nn.Module):
         self.weight = 4.0
 
     def forward(self, features: Tensor, head: Tensor, place: Tensor) -> Tensor:
-        cells = torch.einsum("nchw,c->nhw", features, head[1] - head[0]) * self.scale.exp() + self.offset
+        last = features[:, -head.shape[1] :]  # channels before these are the gate's
+        cells = torch.einsum("nchw,c->nhw", last, head[1] - head[0]) * self.scale.exp() + self.offset
         target = adaptive_avg_pool2d(place[:, None], (cells.shape[1], cells.shape[2]))[:, 0]
         return binary_cross_entropy_with_logits(cells, target, pos_weight=torch.full_like(cells[0, 0, 0], self.weight))
 

@@ -75,11 +75,18 @@ def choose(train: Scored, validation: Scored) -> Choices:
     centre = np.log(threshold / (1 - threshold)) * t
     half = float(np.quantile(np.abs(validation.margin - centre), ABSTAIN_SHARE))
     lower, upper = stats.sigmoid(np.array([centre - half, centre + half]) / t)
-    mean, covariance = stats.ledoit_wolf(train.pooled)
-    precision = np.asarray(np.linalg.inv(covariance), np.float64)
+    mean, precision = _gaussian(train.pooled)
     distance = stats.mahalanobis2(validation.pooled, mean, precision)
     limit = float(np.quantile(stats.per_unit(distance, validation.owner, len(validation.y)), 0.99))
     return Choices(t, before, after, threshold, float(lower), float(upper), mean, precision, limit)
+
+
+def _gaussian(samples: Array) -> tuple[Array, Array]:
+    """Mean and precision; shrunk among standardised channels, because early and late maps differ in scale."""
+    spread = samples.std(axis=0)
+    spread = np.maximum(spread, 1e-6 * spread.max())
+    _, covariance = stats.ledoit_wolf((samples - samples.mean(axis=0)) / spread)
+    return samples.mean(axis=0), np.asarray(np.linalg.inv(covariance) / np.outer(spread, spread), np.float64)
 
 
 def _temperature(validation: Scored) -> tuple[float, float, float]:

@@ -93,8 +93,8 @@ def do_export(o: Options) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     paths = export.export(deployed, sample[:2], ("logits", "features"), folder)
     worst = export.parity(deployed, paths, sample)
-    head = {"W": deployed.head.weight.detach().numpy(), "b": deployed.head.bias.detach().numpy()}
-    package.write_arrays(o.out, "head.npz", head)
+    weights, bias = deployed.full_head()
+    package.write_arrays(o.out, "head.npz", {"W": weights.numpy(), "b": bias.numpy()})
     _note(o, {"fuse_error": fused, "parity": worst, "parameters": sum(p.numel() for p in deployed.parameters())})
     print(f"export {o.task}: re-parameterised within {fused:.1e}; ONNX against torch {_differences(worst)}")
 

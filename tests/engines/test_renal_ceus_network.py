@@ -63,18 +63,20 @@ def test_presets_share_the_topology_and_keep_a_fine_map() -> None:
     stride = int(np.prod(demo.strides))
     assert stride <= 8
     _, features = network.build("demo").eval()(torch.zeros(1, 1, 224, 224))
-    assert features.shape == (1, demo.widths[-1], 14, 14)
+    assert features.shape == (1, sum(demo.widths[:3]) + demo.widths[-1], 14, 14)
 
 
 def test_analytic_map_equals_autograd_grad_cam() -> None:
     """Global average pooling and a linear head: Grad-CAM is the class activation map, exactly."""
     model = _trained("nano").deploy()
-    x = torch.randn(2, 1, 224, 224)
-    logits, features = model(x)
+    kept: list[torch.Tensor] = []
+    model.body[-1].register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    logits, features = model(torch.randn(2, 1, 224, 224))
     margin = logits[:, 1] - logits[:, 0]
-    (gradient,) = torch.autograd.grad(margin.sum(), features)
-    expected = (gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1).detach().numpy()
-    weights = model.head.weight.detach().numpy()
+    (last,) = kept
+    (gradient,) = torch.autograd.grad(margin.sum(), last)
+    expected = (gradient.mean(dim=(2, 3), keepdim=True) * last).sum(dim=1).detach().numpy()
+    weights = model.full_head()[0].numpy()
     cam = activation_map(features.detach().numpy(), weights, positive=1)
     assert cam == pytest.approx(expected, rel=1e-3, abs=1e-6 * float(np.abs(expected).max()) + 1e-9)
     bias = float((model.head.bias[1] - model.head.bias[0]).detach())
@@ -95,9 +97,9 @@ def test_analytic_map_equals_monai_grad_cam() -> None:
 
     wrapper = Logits().eval()  # MONAI restores the mode of the wrapper, so the wrapper itself must be in eval mode
     x = torch.randn(1, 1, 224, 224)
-    theirs = visualize.GradCAM(nn_module=wrapper, target_layers="net.body")(x, class_idx=1)[0, 0].detach().numpy()
+    theirs = visualize.GradCAM(nn_module=wrapper, target_layers="net.body.21")(x, class_idx=1)[0, 0].detach().numpy()
     features = model(x)[1].detach().numpy()
-    weights = model.head.weight.detach().numpy()
+    weights = model.full_head()[0].numpy()
     ours = np.maximum(np.einsum("nchw,c->nhw", features, weights[1])[0], 0)
     # MONAI enlarges and normalises for display: compare on the feature grid up to that affine change.
     small = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(theirs)[None], ours.shape)[0].numpy()
@@ -110,5 +112,5 @@ def test_random_weights_change_the_map() -> None:
     maps = []
     for seed in (1, 2):
         model = _trained("nano", seed).deploy()
-        maps.append(activation_map(model(x)[1].detach().numpy(), model.head.weight.detach().numpy(), 1).ravel())
+        maps.append(activation_map(model(x)[1].detach().numpy(), model.full_head()[0].numpy(), 1).ravel())
     assert abs(np.corrcoef(*maps)[0, 1]) < 0.5

@@ -36,7 +36,7 @@ def _weights(model: torch.nn.Module) -> np.ndarray:
 
 
 def test_same_seed_same_weights_and_a_cut_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, validation = _synthetic(24, 1), _synthetic(12, 2)
+    train, validation = _synthetic(16, 1), _synthetic(8, 2)
     once = fit.fit("renal_ceus", "nano", NANO, train, validation, tmp_path / "a")
     again = fit.fit("renal_ceus", "nano", NANO, train, validation, tmp_path / "b")
     assert np.array_equal(_weights(once), _weights(again))
