@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from dicom_node.metrics import NullRecorder
 from dicom_node.packages import task_of
 from dicom_node.report.stage import ReportStage
 from dicom_node.route.stage import RouteStage
-from dicom_node.service.node import predict_with
 from dicom_node.store import inspect, schema
 from dicom_node.store.files import Files
 from dicom_node.store.index import IndexStage
@@ -79,7 +79,14 @@ class _Line:
         self.worker = WorkerClient(config, engines, log, recorder)
         timing = assemble.timing(config)
         self.index = IndexStage(self.ledger, self.files, timing, (), log, recorder)
-        infer = InferStage(config, self.ledger, self.files.path_of, predict_with(self.worker, config), log, recorder)
+        infer = InferStage(
+            config,
+            self.ledger,
+            self.files.path_of,
+            partial(self.worker.run, timeout=config.infer.timeout_seconds),
+            log,
+            recorder,
+        )
         report = ReportStage(
             config, self.ledger, self.files, lambda name: task_of(config.engines.path, name), log, recorder
         )

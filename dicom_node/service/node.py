@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import sqlalchemy as sa
 from dicom_node import assemble
 from dicom_node.assemble import AssembleStage
 from dicom_node.audit import Audit
-from dicom_node.config import Config, Route
+from dicom_node.config import Config
 from dicom_node.deliver import DeliverStage
 from dicom_node.errors import WorkerError
-from dicom_node.infer import InferStage, Reply
+from dicom_node.infer import InferStage
 from dicom_node.metrics import Health, Metrics, serve
 from dicom_node.packages import task_of
 from dicom_node.pixels.decode import available_decoders
@@ -35,14 +35,12 @@ from dicom_node.service.listening import ListenerProcess, ListenerView
 from dicom_node.service.logs import open_log
 from dicom_node.service.loops import StageLoop
 from dicom_node.service.notify import notify
-from dicom_node.service.operate import apply_command
+from dicom_node.service.orders import apply_command
 from dicom_node.service.trail import Trail
 from dicom_node.store import jobs
 from dicom_node.store.files import Files, lock_root
 from dicom_node.store.index import IndexStage
-from dicom_node.store.jobs import Job
 from dicom_node.store.ledger import Ledger, add_event
-from dicom_node.study import Study
 from dicom_node.worker import WorkerClient
 
 ASSEMBLE_GRACE = 3.0
@@ -139,7 +137,14 @@ class Node:
             StageLoop("upkeep", upkeeping.run_once, log, metrics, idle_seconds=upkeep.PERIOD),
         ]
         for number, worker in enumerate(self._workers):
-            stage = InferStage(config, ledger, self._files.path_of, predict_with(worker, config), log, metrics)
+            stage = InferStage(
+                config,
+                ledger,
+                self._files.path_of,
+                partial(worker.run, timeout=config.infer.timeout_seconds),
+                log,
+                metrics,
+            )
             loops.append(StageLoop(f"infer:{number}", stage.run_once, log, metrics))
         for name, destination in config.deliver.destinations.items():
             delivering = DeliverStage(
@@ -276,12 +281,3 @@ class Node:
         if "text" in answer:
             self._trail.ordered(str(message["kind"]), str(message["study"]))
         return answer
-
-
-def predict_with(worker: WorkerClient, config: Config) -> Callable[[Job, Route, Study, str | None], Reply]:
-    """What the infer stage calls: one job, one worker, one deadline."""
-
-    def predict(job: Job, route: Route, study: Study, previous: str | None) -> Reply:
-        return worker.run(job, route, study, previous, config.infer.timeout_seconds)
-
-    return predict

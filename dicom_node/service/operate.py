@@ -12,12 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dicom_node import assemble
 from dicom_node.config import Config
 from dicom_node.errors import NodeError, UnknownTargetError
 from dicom_node.service.control import Message, ask
-from dicom_node.store import deliveries, inspect, jobs, studies
-from dicom_node.store.ledger import Ledger, add_event, open_read_only
+from dicom_node.service.orders import apply_command
+from dicom_node.store import inspect
+from dicom_node.store.ledger import Ledger, open_read_only
 
 Answer = dict[str, Any]
 
@@ -221,40 +221,3 @@ def command(config: Config, kind: str, study_uid: str, *, accept_conflict: bool 
     if "error" in answer:
         raise NodeError(str(answer["error"]))
     return str(answer["text"])
-
-
-def apply_command(ledger: Ledger, message: Message) -> Message:
-    """Runs where the ledger's only writer is."""
-    kind, uid = message.get("kind"), str(message.get("study", ""))
-    now = ledger.clock()
-    if kind not in ("retry", "complete"):
-        return {"error": f"unknown command {kind!r}"}
-    with ledger.write() as tx:
-        if not studies.exists(tx, uid):
-            return {"error": "unknown study"}
-        if kind == "retry":
-            revived, resent = jobs.retry(tx, uid, now), deliveries.retry(tx, uid, now)
-            add_event(tx, now, uid, "RETRY_ORDERED", f"by an operator: {revived} jobs, {resent} deliveries")
-            return {"text": f"{revived} dead jobs and {resent} dead deliveries will be tried again"}
-        return {"text": _complete(tx, uid, now, accept_conflict=bool(message.get("accept_conflict")))}
-
-
-def _complete(tx: Any, uid: str, now: float, *, accept_conflict: bool) -> str:
-    row = inspect.study_row(tx, uid)
-    said = []
-    if row["hold"] is not None:
-        if row["hold"] == "PATIENT_CONFLICT" and not accept_conflict:
-            return (
-                "nothing was changed: the instances disagree on the patient; if they are of one patient all the same, "
-                "say so with --accept-conflict"
-            )
-        studies.set_hold(tx, uid, None, accept_conflict=accept_conflict)
-        said.append("the hold is lifted")
-    released = jobs.release(tx, uid, now)
-    if released:
-        said.append(f"{released} held jobs go on")
-    if row["due_at"] is not None:
-        said.append(f"revision {assemble.complete(tx, uid, now)} is assembled")
-    text = ", ".join(said) or "nothing was waiting"
-    add_event(tx, now, uid, "COMPLETE_ORDERED", f"by an operator: {text}")
-    return text
