@@ -108,9 +108,9 @@ def _dispatch(args: argparse.Namespace) -> int:
             from dicom_node.service.listening import run_listener
 
             return run_listener(config, args.link_fd)
-        from dicom_node.service import node
+        from dicom_node.service import start
 
-        return node.run(config, args.config, only=args.only)
+        return start.run(config, args.config, only=args.only)
     return _operate(args, config)
 
 

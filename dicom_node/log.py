@@ -226,6 +226,7 @@ def make_log(section: Section, root: Path) -> Log:
     """The log of a process that is just starting: opened, and everything else that would write to stderr made quiet."""
     log = Log.open(level=section.level, format=section.format, secret=load_secret(root))
     quiet_libraries(log)
+    quiet_values()
     return log
 
 
@@ -246,6 +247,13 @@ class _LibraryHandler(logging.Handler):
         error = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else ""
         say = self._log.error if record.levelno >= logging.ERROR else self._log.warning
         say("library_message", library=record.name, place=f"{record.filename}:{record.lineno}", error=error)
+
+
+def quiet_values() -> None:
+    """Once a process: pydicom's checks on reading warn with the value they dislike, and a value may be a name."""
+    import pydicom.config  # not at import: the command line opens no log and needs no pydicom
+
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 
 
 def quiet_libraries(log: Log, loggers: Mapping[str, int] | None = None) -> None:

@@ -10,14 +10,12 @@ Every failure is a `PixelsUndecodableError`, whose text names the transfer synta
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from pydicom.uid import UID
 
@@ -43,12 +41,6 @@ FRAME_COUNT_CORRECTED = "FRAME_COUNT_CORRECTED"
 """Number of Frames is not what the pixel data holds; the pixel data was believed."""
 
 _DECODE_ERRORS = (*PARSE_ERRORS, RuntimeError, SyntaxError)  # Pillow raises SyntaxError on a broken marker
-
-
-def quiet_values() -> None:
-    """Once a process: pydicom's checks on reading warn with the value they dislike, and a value may be a name."""
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    warnings.simplefilter("ignore")
 
 
 class PixelsUndecodableError(NodeError):

@@ -18,15 +18,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from dicom_node.config import Config
-from dicom_node.log import Log
+from dicom_node.log import Log, make_log
 from dicom_node.metrics import Recorder
 from dicom_node.service.control import Message, connect, lines
-from dicom_node.service.logs import open_log
 
 SEND_TIMEOUT = 2.0
+Child: TypeAlias = tuple["subprocess.Popen[bytes]", socket.socket]
 
 
 class SocketLink:
@@ -69,7 +69,7 @@ def run_listener(config: Config, link_fd: int | None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    log = open_log(config.log, config.store.root, "listener")
+    log = make_log(config.log, config.store.root).bind(process="listener")
     folder = config.store.root / "run"
 
     def by_control_socket() -> socket.socket:
@@ -159,35 +159,34 @@ class ListenerView:
             self._on_event(message)
 
 
+def spawn(config_path: Path) -> Child:
+    """Start a listener child; the socket is our end of its link, and its life: it ends when we do."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "dicom_node", "run", "--only", "listen", "--config", str(config_path)]
+    child = subprocess.Popen(  # noqa: S603  our own interpreter, our own arguments
+        [*command, "--link-fd", str(theirs.fileno())], pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL
+    )
+    theirs.close()
+    return child, ours
+
+
 class ListenerProcess(threading.Thread):
     """Keeps one listener child alive: a crash costs the open associations, never the node."""
 
-    def __init__(self, config_path: Path, view: ListenerView, log: Log, recorder: Recorder) -> None:
+    def __init__(self, config_path: Path, first: Child, view: ListenerView, log: Log, recorder: Recorder) -> None:
         super().__init__(name="listener-supervisor", daemon=True)
         self._config_path, self._view, self._log, self._recorder = config_path, view, log, recorder
         self._stopping = threading.Event()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._first: Child | None = first
+        self._child: subprocess.Popen[bytes] | None = first[0]
 
     def run(self) -> None:
         """Start, follow, restart with back-off."""
         failures = 0
         while not self._stopping.is_set():
             started = time.monotonic()
-            ours, theirs = socket.socketpair()
-            command = [
-                sys.executable,
-                "-m",
-                "dicom_node",
-                "run",
-                "--only",
-                "listen",
-                "--config",
-                str(self._config_path),
-            ]
-            self._child = subprocess.Popen(  # noqa: S603  our own interpreter, our own arguments
-                [*command, "--link-fd", str(theirs.fileno())], pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL
-            )
-            theirs.close()
+            self._child, ours = self._first or spawn(self._config_path)
+            self._first = None
             with ours:
                 self._view.take(lines(ours))
             code = self._child.wait()

@@ -7,7 +7,6 @@ worker (child)        one a device; decodes pixels and runs engines; its death c
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from functools import partial
@@ -23,22 +22,21 @@ from dicom_node.config import Config
 from dicom_node.deliver import DeliverStage
 from dicom_node.errors import WorkerError
 from dicom_node.infer import InferStage
+from dicom_node.log import make_log
 from dicom_node.metrics import Health, Metrics, serve
 from dicom_node.packages import task_of
 from dicom_node.pixels.decode import available_decoders
 from dicom_node.report.stage import ReportStage
-from dicom_node.route import check_routes
 from dicom_node.route.stage import RouteStage
 from dicom_node.service import upkeep
 from dicom_node.service.control import ControlServer, Message
-from dicom_node.service.listening import ListenerProcess, ListenerView
-from dicom_node.service.logs import open_log
+from dicom_node.service.listening import Child, ListenerProcess, ListenerView
 from dicom_node.service.loops import StageLoop
 from dicom_node.service.notify import notify
 from dicom_node.service.orders import apply_command
 from dicom_node.service.trail import Trail
 from dicom_node.store import jobs
-from dicom_node.store.files import Files, lock_root
+from dicom_node.store.files import Files, RootLock
 from dicom_node.store.index import IndexStage
 from dicom_node.store.ledger import Ledger, add_event
 from dicom_node.worker import WorkerClient
@@ -50,44 +48,20 @@ CRITICAL = ("index", "assemble", "route", "report", "upkeep")
 """Loops whose silence means the node is not alive. Not infer: a hung engine must not restart the receiver."""
 
 
-def run(config: Config, config_path: Path, *, only: str | None) -> int:
-    """`dicom-node run` and `run --only work`. Returns when told to stop."""
-    check_routes(config.routes, str(config_path))
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    node = Node(config, config_path, with_listener=only is None)
-    node.start()
-    try:
-        if only is None:
-            while not node.view.listening.wait(0.2) and not stop.is_set():
-                pass
-            if node.view.address is not None:
-                host, port = node.view.address
-                print(f"listening {config.receive.ae_title}@{host}:{port}", flush=True)  # noqa: T201  the interface
-        notify("READY=1")
-        while not stop.wait(5.0):
-            node.watch()
-    finally:
-        notify("STOPPING=1")
-        node.stop()
-    return 0
-
-
 class Node:
     """Everything between the listener's files and the destinations."""
 
-    def __init__(self, config: Config, config_path: Path, *, with_listener: bool) -> None:
+    def __init__(self, config: Config, config_path: Path, lock: RootLock, listener: Child | None) -> None:
         self._config = config
         root = config.store.root
         self._files = Files(root)
-        self._lock = lock_root(root, "work")
+        self._lock = lock
         self.metrics = Metrics()
-        self.log = open_log(config.log, root, "stages")
+        self.log = make_log(config.log, root).bind(process="stages")
         self.view = ListenerView(self._stored, self.metrics.merge, self._listener_event)
-        self._listener = ListenerProcess(config_path, self.view, self.log, self.metrics) if with_listener else None
-        if self._listener is not None:
-            self._listener.start()  # first: it loads its libraries while this process loads its own
+        self._listener = None
+        if listener is not None:
+            self._listener = ListenerProcess(config_path, listener, self.view, self.log, self.metrics)
         self._started = time.monotonic()
         self.ledger = Ledger(root, config.store.ledger)
         audit = Audit(
@@ -180,6 +154,8 @@ class Node:
         for worker in self._workers:
             threading.Thread(target=self._warm, args=(worker,), name="worker-warm-up", daemon=True).start()
         self._control.start()
+        if self._listener is not None:
+            self._listener.start()  # the child has been loading since before this process imported its stages
         section = self._config.metrics
         self._server = serve(self.metrics, section.host, section.port, self.health)
 

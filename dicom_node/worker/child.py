@@ -15,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +27,8 @@ import numpy as np
 from dicom_node import decide, packages
 from dicom_node.config import Engines, Infer
 from dicom_node.errors import NodeError, PackageError
-from dicom_node.log import place_of
+from dicom_node.log import place_of, quiet_values
 from dicom_node.metrics import Deltas
-from dicom_node.pixels.decode import quiet_values
 from dicom_node.result import ClinicalInput, Code, Refusal, RefusalCode
 from dicom_node.study import Study, study_from_json
 from dicom_node.worker.engines import Loaded, load_engine
@@ -142,6 +142,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends us in its order
     np.seterr(all="ignore")  # what is not finite is caught by decide.py, where it has a meaning
     quiet_values()
+    warnings.simplefilter("ignore")
     with socket.socket(fileno=args.fd) as channel, contextlib.suppress(EndedError):
         _serve(Wire(channel))
 
