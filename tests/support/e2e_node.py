@@ -130,7 +130,11 @@ class Node:
 
     def child(self, word: str) -> psutil.Process | None:
         """The listener ("listen") or a worker ("dicom_node.worker")."""
-        return next((p for p in self.tree() if word in p.cmdline()), None)
+        for process in self.tree():
+            with contextlib.suppress(psutil.Error):  # it may end while we look
+                if word in process.cmdline():
+                    return process
+        return None
 
     def kill(self) -> None:
         """kill -9 of everything, children first or last as chance has it."""
