@@ -24,11 +24,13 @@ class Upkeep:
 
     def __init__(self, config: Config, ledger: Ledger, files: Files, log: Log, recorder: Recorder) -> None:
         self._config, self._ledger, self._files, self._log, self._recorder = config, ledger, files, log, recorder
+        self._sweep_at = 0.0
 
     def run_once(self) -> bool:
         """True = there may be more to remove."""
         self._measure()
         more = self._expire()
+        self._sweep()
         self._ledger.checkpoint()
         return more
 
@@ -53,6 +55,22 @@ class Upkeep:
             self._recorder.set("dicom_node_oldest_undelivered_seconds", max(0.0, now - oldest), destination=name)
             self._recorder.set("dicom_node_deliveries_dead", dead.get(name, 0), destination=name)
             self._recorder.set("dicom_node_destination_paused", float(name in paused), destination=name)
+
+    def _sweep(self) -> None:
+        """Once a day: files of spool and outputs that a kill left without a row."""
+        now = self._ledger.clock()
+        if now < self._sweep_at:
+            return
+        self._sweep_at = now + SECONDS_A_DAY
+        old = {path.name: path for path in self._files.list_made(now - SECONDS_A_DAY)}
+        if not old:
+            return
+        with self._ledger.read() as tx:
+            orphans = studies.unreferenced(tx, set(old))
+        for name in orphans:
+            old[name].unlink(missing_ok=True)
+        if orphans:
+            self._log.info("orphans_removed", files=len(orphans))
 
     def _expire(self, batch: int = 20) -> bool:
         """Finished studies older than keep_days. DEAD and pending ones are exempt (studies.expirable)."""

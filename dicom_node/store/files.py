@@ -300,6 +300,16 @@ class Files:
                     raise StoreError("not a file name of ours")
                 (folder / name).unlink(missing_ok=True)
 
+    def list_made(self, older_than: float) -> list[Path]:
+        """Files of spool and outputs that were written before `older_than` (seconds since the epoch)."""
+        found = []
+        for folder in (self.spool, self.outputs):
+            for path in folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < older_than:
+                        found.append(path)
+        return found
+
     def free_bytes(self) -> int:
         """Bytes this user may still write."""
         stat = os.statvfs(self.root)

@@ -297,6 +297,15 @@ def expire(tx: sa.Connection, uid: str, now: float) -> tuple[list[str], list[str
     return ids, outputs, spool
 
 
+def unreferenced(tx: sa.Connection, names: set[str]) -> set[str]:
+    """Of these names of spool and output files, those no row names: left by a kill between the write and the commit."""
+    left = set(names)
+    left -= set(tx.execute(sa.select(output.c.file)).scalars())
+    for text in tx.execute(sa.select(job.c.output).where(job.c.output.like("%.npy%"))).scalars():
+        left.difference_update(spool_files(json.loads(text)))
+    return left
+
+
 def spool_files(result: Any) -> Iterable[str]:
     """Names of the spilled arrays in a stored Result."""
     if isinstance(result, dict):
