@@ -104,8 +104,8 @@ def predict(selection: Selection, pixels: PixelReader, run: RunModel) -> Predict
     units: list[UnitPrediction] = []
     notes: dict[str, str] = {}
     refusals: list[Refusal] = []
-    for side, instances in sides.items():
-        unit = _first_usable(f"Lesion {len(units) + 1}", instances, pixels, run, notes)
+    for number, (side, instances) in enumerate(sides.items(), start=1):
+        unit = _first_usable(f"Lesion {number}", instances, pixels, run, notes)
         if isinstance(unit, Refusal):
             refusals.append(unit)
             notes[f"not assessed, side {side or 'unknown'}"] = str(unit)

@@ -117,7 +117,7 @@ def _predict(instance: Instance, study: Study) -> tuple[Prediction | Refusal, Re
     return engine.predict(selection, PixelDecoder(), run), run
 
 
-@pytest.mark.parametrize("seed", [31, 32])
+@pytest.mark.parametrize("seed", [31, 34])
 def test_frames_lie_at_fixed_times_after_the_arrival(
     phantom_file: Make, instance_of: MakeInstance, study_of: MakeStudy, seed: int
 ) -> None:
@@ -230,13 +230,12 @@ def test_the_second_clip_is_used_where_the_first_shows_no_arrival(
 
 def test_two_sides_are_two_results(phantom_file: Make, instance_of: MakeInstance, study_of: MakeStudy) -> None:
     right = instance_of(phantom_file(31, 1), SOPInstanceUID="1.2.1")
-    left = instance_of(phantom_file(32, 0, laterality="L"), SOPInstanceUID="1.2.2")
+    left = instance_of(phantom_file(34, 0, laterality="L"), SOPInstanceUID="1.2.2")
     study = study_of(right, left)
     selection = engine.select(study, {})
     assert isinstance(selection, Selection)
     assert selection.laterality == ""
     answer = engine.predict(selection, PixelDecoder(), Recorder())
     assert isinstance(answer, Prediction)
-    assert {(u.tracking_identifier, u.laterality) for u in answer.units} == {("Lesion 1", "R"), ("Lesion 2", "L")} or {
-        u.laterality for u in answer.units
-    } == {"R", "L"}
+    assert {u.laterality for u in answer.units} == {"R", "L"}
+    assert [u.tracking_identifier for u in answer.units] == ["Lesion 1", "Lesion 2"]

@@ -68,7 +68,8 @@ def test_the_panel_follows_the_time_intensity_curve_of_the_cortex() -> None:
 
 def test_nuisance_draws_do_not_know_the_label() -> None:
     """Over seeds, no drawn machine setting separates even from odd seeds (the labels of the cohorts)."""
-    drawn = [phantom._draw(np.random.default_rng([seed, 0]), phantom.generator()["nuisance"]) for seed in range(600)]
+    ranges = phantom.generator()["nuisance"]
+    drawn = [phantom._draw(np.random.default_rng([seed, 0]), ranges) for seed in range(600)]
     for key in drawn[0]:
         values = np.array([d[key] for d in drawn])
         if np.ptp(values) == 0:
