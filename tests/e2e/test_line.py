@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -325,6 +326,31 @@ def test_the_node_starts_without_torch_and_listens_in_time(make_node, pacs):
         maps = Path(f"/proc/{process.pid}/maps").read_text()
         assert "libtorch" not in maps
     assert psutil.pid_exists(node.process.pid)
+
+
+def test_the_two_halves_supervised_apart_make_the_same_line(make_node, pacs, tmp_path):
+    """`run --only listen` takes and keeps studies while `--only work` is away, and either may be restarted alone."""
+    node = make_node(pacs.port)
+    phantom = make_phantom(tmp_path / "sent")
+    command = [sys.executable, "-m", "dicom_node", "run", "--config", str(node.config), "--only"]
+    with node.log.open("a") as log:
+        listen = subprocess.Popen([*command, "listen"], stdout=subprocess.PIPE, stderr=log, text=True)
+        assert listen.stdout.readline().startswith("listening DICOM_NODE@")
+        assert storescu(node.port, phantom) == 0
+        work = subprocess.Popen([*command, "work"], stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            node.wait_state(study_uid(phantom), "DONE")
+            work.kill()
+            work.wait()
+            second = make_phantom(tmp_path / "sent", seed=77)
+            assert storescu(node.port, second) == 0  # acknowledged without the other half
+            work = subprocess.Popen([*command, "work"], stdout=subprocess.DEVNULL, stderr=log)
+            node.wait_state(study_uid(second), "DONE")
+            assert len(pacs.objects()) == 4
+        finally:
+            for process in (listen, work):
+                process.terminate()
+                assert process.wait(20) == 0
 
 
 def odil(port: int, path: Path) -> int:
