@@ -29,10 +29,12 @@ class StageLoop(threading.Thread):
         *,
         seconds_to_next: Callable[[], float] | None = None,
         idle_seconds: float = 1.0,
+        linger_seconds: float = 0.0,
     ) -> None:
         super().__init__(name=name, daemon=True)
         self._run_once, self._log, self._recorder = run_once, log, recorder
         self._seconds_to_next = seconds_to_next or (lambda: idle_seconds)
+        self._linger = linger_seconds
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self.beat = time.monotonic()
@@ -62,8 +64,8 @@ class StageLoop(threading.Thread):
                 pause = min(MAX_PAUSE, 0.5 * 2**failures)
                 self._failed(e, pause)
             self._recorder.set("dicom_node_stage_beat_seconds", time.time(), stage=self.name.split(":")[0])
-            if pause > 0:
-                self._wake.wait(pause)
+            if pause > 0 and self._wake.wait(pause) and self._linger:
+                self._stopping.wait(self._linger)  # what comes together is worked on together
 
     def _failed(self, error: Exception, pause: float) -> None:
         """Say what broke, not whose: type and place, never a foreign exception's message (it may hold PHI)."""

@@ -104,7 +104,7 @@ class Node:
         )
         upkeeping = upkeep.Upkeep(config, ledger, self._files, log, metrics)
         loops = [
-            StageLoop("index", self._index.run_once, log, metrics, idle_seconds=0.5),
+            StageLoop("index", self._index.run_once, log, metrics, idle_seconds=0.5, linger_seconds=0.05),
             StageLoop("assemble", self._assemble_once, log, metrics, seconds_to_next=self._assembling.seconds_to_next),
             StageLoop("route", routing.run_once, log, metrics),
             StageLoop("report", reporting.run_once, log, metrics),

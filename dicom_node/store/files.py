@@ -263,23 +263,32 @@ class Files:
         waiting = self._incoming(instance_id)
         return waiting if waiting.exists() else self._object(instance_id)
 
-    def move_to_objects(self, instance_id: str) -> Path:
-        """After its row is committed. Durable, and harmless when repeated."""
-        source, target = self._incoming(instance_id), self._object(instance_id)
-        try:
-            if not target.parent.is_dir():
-                target.parent.mkdir(mode=0o700, exist_ok=True)
-                fsync_folder(self.objects)
+    def move_to_objects(self, *instance_ids: str) -> None:
+        """After their rows are committed. Durable, and harmless when repeated.
+
+        The folders are synced once for all: until then a power loss leaves a file in `incoming/`, where the next sweep
+        finds it and sees that its row is there.
+        """
+        touched = set()
+        for instance_id in instance_ids:
+            source, target = self._incoming(instance_id), self._object(instance_id)
             try:
-                source.rename(target)
-            except FileNotFoundError:
-                if not target.exists():
-                    raise
-            fsync_folder(target.parent)
-            fsync_folder(self.incoming)
+                if not target.parent.is_dir():
+                    target.parent.mkdir(mode=0o700, exist_ok=True)
+                    touched.add(self.objects)
+                try:
+                    source.rename(target)
+                except FileNotFoundError:
+                    if not target.exists():
+                        raise
+                touched.add(target.parent)
+            except OSError as e:
+                raise StoreError(f"instance {instance_id} cannot be filed away ({e.strerror})") from e
+        try:
+            for folder in (*sorted(touched), self.incoming):
+                fsync_folder(folder)
         except OSError as e:
-            raise StoreError(f"instance {instance_id} cannot be filed away ({e.strerror})") from e
-        return target
+            raise StoreError(f"folders of the store cannot be synced ({e.strerror})") from e
 
     def remove_incoming(self, instance_id: str) -> None:
         """A duplicate: the same bytes are stored already."""

@@ -66,7 +66,7 @@ class IndexStage:
             self._log.error("files_missing", count=len(missing))
         return Sweep(len(orphans), len(missing))
 
-    def _index(self, paths: list[Path], after: Callable[[str, str], None]) -> None:
+    def _index(self, paths: list[Path], after: Callable[[list[tuple[str, str]]], None]) -> None:
         with self._ledger.read() as tx:
             known = studies.known_ids_among(tx, [path.stem for path in paths])
         parsed = [(path, self._parse(path)) for path in paths if path.stem not in known]
@@ -82,8 +82,7 @@ class IndexStage:
                 priority = PRIORITY_STAT if instance.calling_ae_title in self._priority_ae else 0
                 what = studies.add_instance(tx, instance, own=own, priority=priority, timing=self._timing, now=now)
                 happened.append((path.stem, what))
-        for instance_id, what in happened:
-            after(instance_id, what)
+        after(happened)
         for path, instance in parsed:
             if instance is None:
                 self._files.quarantine(path, "the index cannot parse it")
@@ -110,12 +109,13 @@ class IndexStage:
             received_at=meta.received_at,
         )
 
-    def _file_away(self, instance_id: str, what: str) -> None:
-        if what == "duplicate":
-            self._files.remove_incoming(instance_id)
-        else:
-            self._files.move_to_objects(instance_id)
+    def _file_away(self, happened: list[tuple[str, str]]) -> None:
+        for instance_id, what in happened:
+            if what == "duplicate":
+                self._files.remove_incoming(instance_id)
+        self._files.move_to_objects(*(instance_id for instance_id, what in happened if what != "duplicate"))
 
-    def _stay(self, instance_id: str, what: str) -> None:
-        if what == "duplicate":
-            self._files.remove_object(instance_id)
+    def _stay(self, happened: list[tuple[str, str]]) -> None:
+        for instance_id, what in happened:
+            if what == "duplicate":
+                self._files.remove_object(instance_id)
