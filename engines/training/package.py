@@ -68,7 +68,7 @@ class Choices:
 
 
 def choose(train: Scored, validation: Scored) -> Choices:
-    """Temperature only if it lowers the validation likelihood loss, cross-validated; Youden threshold; narrow band."""
+    """Temperature only if it lowers the validation loss, cross-validated; Youden threshold; narrow band."""
     t, before, after = _temperature(validation)
     p = stats.sigmoid(validation.margin / t)
     threshold = float(np.clip(stats.youden(validation.y, p), 0.05, 0.95))
@@ -90,15 +90,20 @@ def _gaussian(samples: Array) -> tuple[Array, Array]:
 
 
 def _temperature(validation: Scored) -> tuple[float, float, float]:
-    """(T, loss without, loss with a T fitted on the other half); 1 where that does not help."""
+    """(T, loss without, loss with a T fitted on the other half); 1 where that does not help.
+
+    T never sharpens (T >= 1): validation clips that the network separates perfectly would ask for certainty without
+    end, and the first harder clip would pay for it.
+    """
     y, margin = validation.y, validation.margin
     halves = np.arange(len(y)) // 2 % 2
-    losses = [
-        stats.nll(y[halves == k], margin[halves == k] / stats.temperature(y[halves != k], margin[halves != k]))
-        for k in (0, 1)
-    ]
+
+    def fitted(part: NDArray[np.bool_]) -> float:
+        return max(1.0, stats.temperature(y[part], margin[part]))
+
+    losses = [stats.nll(y[halves == k], margin[halves == k] / fitted(halves != k)) for k in (0, 1)]
     before, after = stats.nll(y, margin), float(np.mean(losses))
-    return (stats.temperature(y, margin), before, after) if after < before else (1.0, before, after)
+    return (fitted(halves >= 0), before, after) if after < before else (1.0, before, after)
 
 
 def activation_map(features: NDArray[np.float32], weights: NDArray[np.float32], positive: int) -> NDArray[np.float32]:
