@@ -106,10 +106,9 @@ def _decision(manifest: Table, notes: Table) -> str:
     return (
         "## Decision\n\nChosen on validation seeds. "
         f"Threshold {decision['threshold']:.3f} ({decision['rule']}); indeterminate from "
-        f"{decision['abstain']['lower']:.3f} to {decision['abstain']['upper']:.3f}. "
-        f"Temperature (never below 1) {kept}: T = {manifest['calibration']['T']:.3f}, "
-        f"validation loss {nll['before']:.4f}, cross-validated with a temperature "
-        f"{nll['with_temperature']:.4f}. Out of distribution above a mean squared Mahalanobis distance of "
+        f"{decision['abstain']['lower']:.3f} to {decision['abstain']['upper']:.3f}. Temperature (never below 1) "
+        f"{kept}: T = {manifest['calibration']['T']:.3f}, validation loss {nll['before']:.4f}, cross-validated with a "
+        f"temperature {nll['with_temperature']:.4f}. Out of distribution above a mean squared Mahalanobis distance of "
         f"{manifest['ood']['limit']:.1f} (99th percentile). Map painted from {manifest['explain']['vmin']:.4f} to "
         f"{manifest['explain']['vmax']:.4f}: cam = sum over channels of (W[positive] - W[negative]) f / Z, Z = number "
         "of cells of the feature map, so that the map sums to the logit difference without its bias."
