@@ -57,6 +57,8 @@ def demo(keep: Path | None) -> int:
     started = time.monotonic()
     pictures = keep or Path(tempfile.mkdtemp(prefix="dicom-node-demo-"))
     pictures.mkdir(parents=True, exist_ok=True)
+    if any(pictures.iterdir()):
+        raise DemoError(f"--keep {pictures}: an empty folder is needed, or one that is not there yet")
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:5.1f} s] {text}", flush=True)
