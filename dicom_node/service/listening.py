@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from dicom_node.config import Config
+from dicom_node.errors import NodeError
 from dicom_node.log import Log, make_log
 from dicom_node.metrics import Recorder
 from dicom_node.service.control import Message, connect, lines
@@ -80,7 +81,11 @@ def run_listener(config: Config, link_fd: int | None) -> int:
     inherited = None if link_fd is None else socket.socket(fileno=link_fd)
     link = SocketLink(by_control_socket if inherited is None else lambda: inherited)
     listener = Listener(config.receive, config.store, link, log)
-    address = listener.start()
+    try:
+        address = listener.start()
+    except OSError as e:
+        where = f"{config.receive.host}:{config.receive.port}"
+        raise NodeError(f"receive: {where} cannot be listened on ({e.strerror})") from None
     if inherited is None:
         from dicom_node.service.notify import notify
 
@@ -177,6 +182,8 @@ class ListenerProcess(threading.Thread):
         super().__init__(name="listener-supervisor", daemon=True)
         self._config_path, self._view, self._log, self._recorder = config_path, view, log, recorder
         self._stopping = threading.Event()
+        self.exit_code: int | None = None
+        """Of the last child that ended; 78 = its configuration is not usable, so another try cannot help."""
         self._first: Child | None = first
         self._child: subprocess.Popen[bytes] | None = first[0]
 
@@ -189,7 +196,7 @@ class ListenerProcess(threading.Thread):
             self._first = None
             with ours:
                 self._view.take(lines(ours))
-            code = self._child.wait()
+            self.exit_code = code = self._child.wait()
             if self._stopping.is_set():
                 return
             failures = 0 if time.monotonic() - started > 60 else failures + 1

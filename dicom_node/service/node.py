@@ -180,6 +180,11 @@ class Node:
         self.ledger.close()
         self._lock.close()
 
+    @property
+    def listener_exit_code(self) -> int | None:
+        """How the last listener child ended, if one did."""
+        return None if self._listener is None else self._listener.exit_code
+
     def watch(self) -> None:
         """Every few seconds: feed the watchdog only while everything that must live does."""
         waiting = 0

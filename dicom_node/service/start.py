@@ -14,6 +14,8 @@ from dicom_node.service.listening import spawn
 from dicom_node.service.notify import notify
 from dicom_node.store.files import lock_root
 
+EX_CONFIG = 78
+
 
 def run(config: Config, config_path: Path, *, only: str | None) -> int:
     """`run` and `run --only work`. Returns when told to stop. Raises RootInUseError, ConfigError, LedgerError."""
@@ -31,7 +33,8 @@ def run(config: Config, config_path: Path, *, only: str | None) -> int:
     node.start()
     try:
         while first is not None and not node.view.listening.wait(0.2) and not stop.is_set():
-            pass
+            if node.listener_exit_code == EX_CONFIG:
+                return EX_CONFIG  # it has said why on stderr
         if node.view.address is not None:
             host, port = node.view.address
             print(f"listening {config.receive.ae_title}@{host}:{port}", flush=True)  # noqa: T201  the interface

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -313,6 +315,24 @@ def test_a_second_node_on_the_root_is_refused(make_node, pacs):
     node = make_node(pacs.port).start()
     done = node.cli("run", check=False)
     assert done.returncode == 75 and "root" in done.stderr
+
+
+def test_a_listener_that_cannot_be_configured_ends_the_node_with_78(make_node):
+    node = make_node()
+    node.settings["receive"]["tls"] = {"cert": "gone.pem", "key": "gone.key", "ca": "gone.pem"}
+    node.write_config()
+    done = node.cli("run", check=False)
+    assert done.returncode == 78 and "tls.cert" in done.stderr and "gone.pem" in done.stderr
+
+
+def test_a_port_in_use_is_said_and_taken_as_soon_as_it_is_free(make_node, pacs):
+    node = make_node(pacs.port)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", node.port))
+        taken.listen()
+        threading.Timer(3.0, taken.close).start()
+        node.start()
+    assert "cannot be listened on" in node.log.read_text()
 
 
 def test_the_node_starts_without_torch_and_listens_in_time(make_node, pacs):
