@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 
+import hypothesis
 import pytest
 
 from dicom_node.study import Header, Instance
+
+# A search by chance belongs to a developer's desk; continuous integration asks the same question each time.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 REPOSITORY = Path(__file__).parent.parent
 
