@@ -22,6 +22,7 @@ def config(tmp_path: Path) -> Path:
     settings = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
     settings["engines"]["path"] = [str(REPOSITORY / "engines")]
     settings["deliver"]["destinations"]["pacs"]["port"] = 9
+    settings["receive"]["port"] = settings["metrics"]["port"] = 0
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path

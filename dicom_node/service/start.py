@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 from dicom_node.config import Config
+from dicom_node.route import check_routes
 from dicom_node.service.listening import spawn
 from dicom_node.service.notify import notify
 from dicom_node.store.files import lock_root
@@ -19,16 +20,15 @@ EX_CONFIG = 78
 
 def run(config: Config, config_path: Path, *, only: str | None) -> int:
     """`run` and `run --only work`. Returns when told to stop. Raises RootInUseError, ConfigError, LedgerError."""
+    check_routes(config.routes, str(config_path))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     lock = lock_root(config.store.root, "work")
     first = spawn(config_path) if only is None else None
 
-    from dicom_node.route import check_routes
     from dicom_node.service.node import Node
 
-    check_routes(config.routes, str(config_path))
     node = Node(config, config_path, lock, first)
     node.start()
     try:
