@@ -13,7 +13,7 @@ from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
 
 from dicom_node.config import Destination, Retry
 from dicom_node.deliver import DeliverStage
-from dicom_node.dimse.pacs import UNCOMPRESSED, Behaviour, ReceivingPacs
+from dicom_node.dimse.pacs import Behaviour, ReceivingPacs
 from dicom_node.dimse.sender import Sender
 from dicom_node.log import Log
 from dicom_node.metrics import Metrics
@@ -78,10 +78,9 @@ class Line:
         with self.ledger.read() as tx:
             return {d["sop_instance_uid"]: d for d in inspect.explain(tx, "1.2.3")["deliveries"]}
 
-    def paused(self) -> deliveries.Standing | None:
+    def paused(self) -> deliveries.Pause | None:
         with self.ledger.read() as tx:
-            standing = deliveries.standing(tx, "pacs")
-        return standing if standing.paused_since is not None else None
+            return deliveries.paused(tx, "pacs")
 
 
 @pytest.fixture
@@ -115,7 +114,7 @@ def test_a_peer_without_rle_gets_the_same_pixels_uncompressed_and_the_file_stays
     uid = line.queue()
     (stored,) = line.root.glob("*.dcm")
     before = stored.read_bytes()
-    with ReceivingPacs(tmp_path / "old", behaviour=Behaviour(transfer_syntaxes=UNCOMPRESSED)) as old:
+    with ReceivingPacs(tmp_path / "old", behaviour=Behaviour(uncompressed_only=True)) as old:
         stage = line.stage(old.port)
         drain(stage)
         stage.close()

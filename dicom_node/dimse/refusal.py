@@ -55,7 +55,7 @@ def rejected(association: Association, calling_ae_title: str) -> Refusal | None:
     return Refusal(_TRANSIENT.get(key, f"rejected for now {where}"), False)
 
 
-def diagnose(to: Destination, *, connected: bool, answered: bool, connect_seconds: float) -> Refusal:
+def diagnose(to: Destination, *, connected: bool, seconds: float, connect_seconds: float) -> Refusal:
     """No answer came at all: is it the network, TLS, or something that is not a DICOM port?"""
     place = f"{to.host}:{to.port}"
     if not connected or to.tls is not None:
@@ -68,9 +68,9 @@ def diagnose(to: Destination, *, connected: bool, answered: bool, connect_second
             return Refusal(text, True)
         except OSError as e:
             return Refusal(f"no connection to {place} ({e.strerror or type(e).__name__})", False)
-    what = "closes or aborts it" if answered else "never answers our A-ASSOCIATE-RQ"
+    text = f"{place} takes the connection, but within {seconds:.0f} s no association comes about: "
     hint = "is it DICOM?" if to.tls is not None else "is it DICOM, and without TLS?"
-    return Refusal(f"{place} takes the connection, but {what}: {hint}", False)
+    return Refusal(text + hint, False)
 
 
 def _shake_hands(to: Destination, plain: socket.socket) -> None:

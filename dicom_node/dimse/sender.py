@@ -91,7 +91,7 @@ class Sender:
         self._opening: Association | None = None
         self._peer: tuple[str, str, int] = ("", "", 0)
         self._proposed: set[tuple[str, str]] = set()
-        self._sent, self._used, self._at_work, self._closed = 0, 0.0, False, False
+        self._sent, self._used, self._at_work = 0, 0.0, False
         _config.STORE_SEND_CHUNKED_DATASET = True  # of pynetdicom: a path is sent as it is, not decoded and encoded
 
     def send_file(
@@ -145,7 +145,6 @@ class Sender:
         """Release the association, if there is one; cut it, if it is at work in another thread."""
         association, self._association = self._association, None
         if self._at_work:
-            self._closed = True
             for busy in (association, self._opening):
                 _cut(busy)
         elif association is not None and association.is_established:
@@ -164,8 +163,6 @@ class Sender:
 
     def _open(self, to: Destination, wanted: set[tuple[str, str]]) -> SendOutcome | None:
         """An association on which `wanted` was proposed; None = there is one now."""
-        if self._closed:
-            return SendOutcome(Outcome.RETRY, None, "the node is stopping", Scope.DESTINATION)
         if self._is_open(to, wanted):
             return None
         if self._is_open(to, set()):  # open, but something new came: do not forget what it was opened for
@@ -195,10 +192,7 @@ class Sender:
         if not association.is_established and not nothing_taken:
             seconds = time.monotonic() - started
             refusal = rejected(association, self._calling) or diagnose(
-                to,
-                connected=connected,
-                answered=seconds < self._time_outs.associate,
-                connect_seconds=self._time_outs.connect,
+                to, connected=connected, seconds=seconds, connect_seconds=self._time_outs.connect
             )
             kind = Outcome.PAUSE if refusal.permanent else Outcome.RETRY
             return SendOutcome(kind, None, refusal.reason, Scope.DESTINATION)

@@ -44,27 +44,17 @@ class Delivery:
     file: str
     sha256: str
     attempts: int
-    """How often it was sent; an association that did not come about is no attempt."""
-    unclear: int
-    """Answers of unclear meaning among them."""
-    failing_since: float | None
     created_at: float
     priority: int
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """How we stand with a destination."""
+class Pause:
+    """A destination that refuses us for a reason only a person can mend; probed now and then."""
 
-    paused_since: float | None
-    """It refuses us for a reason only a person can mend. Its objects stay pending, for as long as it takes."""
+    since: float
     reason: str
-    """Why it is paused or out of reach; "" = all is well."""
     probe_at: float
-    """Nothing is sent before."""
-
-
-WELL = Standing(None, "", 0.0)
 
 
 def add_output(tx: sa.Connection, new: Output, now: float) -> None:
@@ -106,46 +96,52 @@ def add_delivery(tx: sa.Connection, *, to: str, sop_uid: str, study_uid: str, pr
         )
 
 
-def pending(
-    tx: sa.Connection, to: str, now: float, *, since: float = 0.0, farthest: float = 1e9, limit: int = 50
-) -> list[Delivery]:
-    """What may be sent to a destination now, most urgent first; nothing of a held study.
-
-    Ageing counts from `since`, when the queue last began to move: after an outage STAT still goes first. A time
-    further away than `farthest` was written before the clock was set back, and has come.
-    """
-    held = sa.select(study.c.uid).where(study.c.hold.is_not(None))
-    waits_from = sa.case((delivery.c.created_at > since, delivery.c.created_at), else_=since)
-    urgency = delivery.c.priority + (now - waits_from) / AGEING_SECONDS
-    order = (urgency.desc(), delivery.c.id)
-    due = sa.or_(delivery.c.next_at <= now, delivery.c.next_at > now + farthest)
-    # First which, then what: sorting whole rows of a long queue costs five times as much.
-    first = (
-        sa.select(delivery.c.id)
-        .where(_waiting(to), due, delivery.c.study_uid.not_in(held))
-        .order_by(*order)
-        .limit(limit)
+def pending(tx: sa.Connection, to: str, now: float, limit: int = 50) -> list[Delivery]:
+    """What may be sent to a destination now, most urgent first; nothing of a held study."""
+    held = sa.exists().where(study.c.uid == delivery.c.study_uid, study.c.hold.is_not(None))
+    urgency = delivery.c.priority + (now - delivery.c.created_at) / AGEING_SECONDS
+    rows = (
+        tx.execute(
+            sa.select(delivery, output.c.sop_class_uid, output.c.transfer_syntax_uid, output.c.file, output.c.sha256)
+            .join(output, output.c.sop_uid == delivery.c.sop_uid)
+            .where(
+                delivery.c.destination == to,
+                delivery.c.state == DeliveryState.PENDING,
+                delivery.c.next_at <= now,
+                ~held,
+            )
+            .order_by(urgency.desc(), delivery.c.id)
+            .limit(limit)
+        )
+        .mappings()
+        .all()
     )
-    rows = tx.execute(
-        sa.select(delivery, output.c.sop_class_uid, output.c.transfer_syntax_uid, output.c.file, output.c.sha256)
-        .join(output, output.c.sop_uid == delivery.c.sop_uid)
-        .where(delivery.c.id.in_(first))
-        .order_by(*order)
-    ).mappings()
-    return [Delivery(**{name: row[name] for name in Delivery.__dataclass_fields__}) for row in rows]
+    return [
+        Delivery(
+            r["id"],
+            r["destination"],
+            r["sop_uid"],
+            r["study_uid"],
+            r["sop_class_uid"],
+            r["transfer_syntax_uid"],
+            r["file"],
+            r["sha256"],
+            r["attempts"],
+            r["created_at"],
+            r["priority"],
+        )
+        for r in rows
+    ]
 
 
 def next_at(tx: sa.Connection, to: str) -> float | None:
-    """When the next object for a destination falls due; those of held studies wait for a person."""
-    held = sa.select(study.c.uid).where(study.c.hold.is_not(None))
+    """When the next object for a destination falls due."""
     value: float | None = tx.execute(
-        sa.select(sa.func.min(delivery.c.next_at)).where(_waiting(to), delivery.c.study_uid.not_in(held))
+        sa.select(sa.func.min(delivery.c.next_at)).where(
+            delivery.c.destination == to, delivery.c.state == DeliveryState.PENDING
+        )
     ).scalar()
     return value
-
-
-def _waiting(to: str) -> sa.ColumnElement[bool]:
-    return sa.and_(delivery.c.destination == to, delivery.c.state == DeliveryState.PENDING)
 
 
 def delivered(tx: sa.Connection, sent: Delivery, status: int, now: float, note: str = "") -> None:
@@ -155,164 +151,87 @@ def delivered(tx: sa.Connection, sent: Delivery, status: int, now: float, note: 
         .where(delivery.c.id == sent.id)
         .values(state=DeliveryState.DELIVERED, status=status, reason=note, attempts=sent.attempts + 1, done_at=now)
     )
-    text = f"{sent.sop_uid} to {sent.destination}: 0x{status:04X}" + (f" ({note})" if note else "")
-    add_event(tx, now, sent.study_uid, "DELIVERED", text)
-
-
-def again(
-    tx: sa.Connection, sent: Delivery, status: int | None, reason: str, now: float, at: float, *, unclear: bool = False
-) -> None:
-    """Sent and not delivered; will be sent again at `at`. `unclear`: the answer may as well mean never."""
-    since = sent.failing_since if sent.failing_since is not None or unclear else now
-    tx.execute(
-        delivery.update()
-        .where(delivery.c.id == sent.id)
-        .values(
-            status=status,
-            reason=reason,
-            attempts=sent.attempts + 1,
-            unclear=sent.unclear + unclear,
-            failing_since=since,
-            next_at=at,
-        )
-    )
-    if sent.attempts == 0:
-        _delayed(tx, now, sent.study_uid, sent.destination, reason)
-
-
-def answered(tx: sa.Connection, sent: Delivery, status: int) -> None:
-    """Sent, and the answer says something about the destination rather than about this object."""
-    tx.execute(
-        delivery.update().where(delivery.c.id == sent.id).values(status=status, attempts=delivery.c.attempts + 1)
+    add_event(
+        tx,
+        now,
+        sent.study_uid,
+        "DELIVERED",
+        f"{sent.sop_uid} to {sent.destination}: 0x{status:04X}" + (f" ({note})" if note else ""),
     )
 
 
-def dead(tx: sa.Connection, sent: Delivery, status: int | None, reason: str, now: float, *, sent_now: int = 1) -> None:
-    """Not delivered and not tried again by itself. `sent_now`: 0 = it was not even sent."""
+def again(tx: sa.Connection, sent: Delivery, status: int | None, reason: str, at: float) -> None:
+    """Not delivered; will be tried again at `at`."""
     tx.execute(
         delivery.update()
         .where(delivery.c.id == sent.id)
-        .values(state=DeliveryState.DEAD, status=status, reason=reason, attempts=sent.attempts + sent_now, done_at=now)
+        .values(status=status, reason=reason, attempts=sent.attempts + 1, next_at=at)
+    )
+
+
+def dead(tx: sa.Connection, sent: Delivery, status: int | None, reason: str, now: float) -> None:
+    """Not delivered and not tried again by itself."""
+    tx.execute(
+        delivery.update()
+        .where(delivery.c.id == sent.id)
+        .values(state=DeliveryState.DEAD, status=status, reason=reason, attempts=sent.attempts + 1, done_at=now)
     )
     add_event(tx, now, sent.study_uid, "DELIVERY_DEAD", f"{sent.sop_uid} to {sent.destination}: {reason}")
 
 
-def _delayed(tx: sa.Connection, now: float, study_uid: str, to: str, reason: str) -> None:
-    add_event(tx, now, study_uid, "DELIVERY_DELAYED", f"to {to}: {reason}; tried again")
-
-
-# -- destinations
-
-
-def standing(tx: sa.Connection, to: str) -> Standing:
-    """How we stand with a destination."""
-    row = tx.execute(sa.select(destination).where(destination.c.name == to)).first()
-    return WELL if row is None else Standing(row.paused_since, row.reason, row.probe_at)
-
-
-def wait(tx: sa.Connection, to: str, before: Standing, reason: str, probe_at: float) -> None:
-    """Leave a destination alone until `probe_at`. Where it is paused, it stays so, for the reason it was."""
-    _stand(
-        tx, to, Standing(before.paused_since, before.reason if before.paused_since is not None else reason, probe_at)
-    )
-
-
-def out_of_reach(tx: sa.Connection, to: str, reason: str, now: float) -> None:
-    """No association comes about: everything that is due waits for the same thing, and `explain` says for what."""
-    due = sa.and_(_waiting(to), delivery.c.next_at <= now)
-    first = sa.select(delivery.c.study_uid).where(due, delivery.c.failing_since.is_(None)).distinct()
-    for study_uid in tx.execute(first).scalars().all():
-        _delayed(tx, now, study_uid, to, reason)
-    tx.execute(
-        delivery.update()
-        .where(due, sa.or_(delivery.c.failing_since.is_(None), delivery.c.reason != reason))
-        .values(failing_since=sa.func.coalesce(delivery.c.failing_since, now), reason=reason)
-    )
-
-
-def give_up(tx: sa.Connection, to: str, before: float, why: str, now: float) -> int:
-    """DEAD: everything for a destination that has been failing since before `before`. Returns how many."""
-    expired = tx.execute(
-        delivery.update()
-        .where(_waiting(to), delivery.c.failing_since < before)
-        .values(state=DeliveryState.DEAD, reason=f"{why}: " + delivery.c.reason, done_at=now)
-        .returning(delivery.c.study_uid, delivery.c.sop_uid, delivery.c.reason)
-    ).all()
-    for row in expired:
-        add_event(tx, now, row.study_uid, "DELIVERY_DEAD", f"{row.sop_uid} to {to}: {row.reason}")
-    return len(expired)
-
-
 def pause(tx: sa.Connection, to: str, reason: str, now: float, probe_at: float) -> None:
     """Stop sending to a destination; its objects stay pending and one probe goes out at `probe_at`."""
-    before = standing(tx, to)
-    since = now if before.paused_since is None else before.paused_since
-    _stand(tx, to, Standing(since, reason, probe_at))
-    # A configuration that waits for a person is no failure of theirs: give_up_hours do not run.
-    tx.execute(
-        delivery.update()
-        .where(_waiting(to), sa.or_(delivery.c.failing_since.is_not(None), delivery.c.reason != reason))
-        .values(failing_since=None, reason=reason)
-    )
-    if before.paused_since is None:
+    row = tx.execute(sa.select(destination.c.paused_since).where(destination.c.name == to)).first()
+    if row is None:
+        tx.execute(destination.insert().values(name=to, paused_since=now, reason=reason, probe_at=probe_at))
+    else:
+        tx.execute(
+            destination.update()
+            .where(destination.c.name == to)
+            .values(
+                paused_since=row.paused_since if row.paused_since is not None else now, reason=reason, probe_at=probe_at
+            )
+        )
+    if row is None or row.paused_since is None:
         add_event(tx, now, None, "DESTINATION_PAUSED", f"{to}: {reason}")
 
 
 def resume(tx: sa.Connection, to: str, now: float) -> None:
-    """The destination answered: everything pending flows again, at once."""
-    before = standing(tx, to)
-    if before == WELL:
-        return
-    _stand(tx, to, WELL)
-    tx.execute(delivery.update().where(_waiting(to), delivery.c.attempts == 0).values(failing_since=None, reason=""))
-    if before.paused_since is not None:
+    """The destination took an object or answered an echo: everything pending flows again, at once."""
+    done = tx.execute(
+        destination.update()
+        .where(destination.c.name == to, destination.c.paused_since.is_not(None))
+        .values(paused_since=None, reason="")
+    )
+    if done.rowcount:
+        tx.execute(
+            delivery.update()
+            .where(delivery.c.destination == to, delivery.c.state == DeliveryState.PENDING)
+            .values(next_at=now)
+        )
         add_event(tx, now, None, "DESTINATION_RESUMED", to)
 
 
-def _stand(tx: sa.Connection, to: str, standing: Standing) -> None:
-    values = {"paused_since": standing.paused_since, "reason": standing.reason, "probe_at": standing.probe_at}
-    if not tx.execute(destination.update().where(destination.c.name == to).values(**values)).rowcount:
-        tx.execute(destination.insert().values(name=to, **values))
-
-
-def hold_class(tx: sa.Connection, refused: Delivery, status: int | None, reason: str, now: float, at: float) -> None:
-    """The destination takes no object of this SOP Class: all of them wait until one is tried again at `at`."""
-    same = sa.select(output.c.sop_uid).where(output.c.sop_class_uid == refused.sop_class_uid)
-    waiting = sa.and_(_waiting(refused.destination), delivery.c.sop_uid.in_(same), delivery.c.next_at < at)
-    first = sa.select(delivery.c.study_uid).where(waiting, delivery.c.reason != reason).distinct()
-    for study_uid in tx.execute(first).scalars().all():
-        _delayed(tx, now, study_uid, refused.destination, reason)
-    tx.execute(delivery.update().where(waiting).values(next_at=at, status=status, reason=reason, failing_since=None))
-
-
-def release_class(tx: sa.Connection, taken: Delivery, now: float) -> None:
-    """An object of a SOP Class that was refused was taken: the others need not wait."""
-    same = sa.select(output.c.sop_uid).where(output.c.sop_class_uid == taken.sop_class_uid)
-    tx.execute(
-        delivery.update()
-        .where(
-            _waiting(taken.destination),
-            delivery.c.sop_uid.in_(same),
-            delivery.c.next_at > now,
-            delivery.c.failing_since.is_(None),  # not those that fail, or are unclear, for reasons of their own
-            delivery.c.unclear == 0,
-        )
-        .values(next_at=now)
-    )
+def paused(tx: sa.Connection, to: str) -> Pause | None:
+    """Whether and why a destination is paused."""
+    row = tx.execute(
+        sa.select(destination).where(destination.c.name == to, destination.c.paused_since.is_not(None))
+    ).first()
+    return None if row is None else Pause(row.paused_since, row.reason, row.probe_at)
 
 
 def retry(tx: sa.Connection, study_uid: str, now: float) -> int:
-    """An operator's second chance for DEAD deliveries of a study; pending ones, and their destinations, at once."""
+    """An operator's second chance for DEAD deliveries of a study; pending ones go at once."""
     revived = tx.execute(
         delivery.update()
         .where(delivery.c.study_uid == study_uid, delivery.c.state == DeliveryState.DEAD)
-        .values(state=DeliveryState.PENDING, attempts=0, unclear=0, failing_since=None, created_at=now, done_at=None)
+        .values(state=DeliveryState.PENDING, attempts=0, created_at=now, next_at=now, done_at=None)
     )
-    waiting = sa.and_(delivery.c.study_uid == study_uid, delivery.c.state == DeliveryState.PENDING)
-    tx.execute(delivery.update().where(waiting).values(next_at=now))
-    theirs = sa.select(delivery.c.destination).where(waiting)
-    sooner = sa.and_(destination.c.name.in_(theirs), destination.c.probe_at > now)
-    tx.execute(destination.update().where(sooner).values(probe_at=now))
+    tx.execute(
+        delivery.update()
+        .where(delivery.c.study_uid == study_uid, delivery.c.state == DeliveryState.PENDING)
+        .values(next_at=now)
+    )
     return int(revived.rowcount)
 
 

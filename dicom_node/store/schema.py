@@ -101,7 +101,6 @@ study = sa.Table(
     sa.Column("expired", sa.Boolean, nullable=False),  # its files were removed after keep_days
     sa.Index("ix_study_due", "due_at"),
     sa.Index("ix_study_last", "last_received"),
-    sa.Index("ix_study_hold", "hold"),
 )
 
 job = sa.Table(
@@ -162,9 +161,7 @@ delivery = sa.Table(
     sa.Column("status", sa.Integer),  # last C-STORE status
     sa.Column("reason", sa.Text, nullable=False, default=""),
     sa.Column("priority", sa.Integer, nullable=False),
-    sa.Column("attempts", sa.Integer, nullable=False),  # how often it was sent; an association that failed is none
-    sa.Column("unclear", sa.Integer, nullable=False, default=0),  # answers of unclear meaning among them
-    sa.Column("failing_since", sa.Float),  # deliver.retry.give_up_hours count from here; null = no failure yet
+    sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("next_at", sa.Float, nullable=False),
     sa.Column("done_at", sa.Float),
@@ -178,8 +175,8 @@ destination = sa.Table(
     metadata,
     sa.Column("name", sa.String(32), primary_key=True),
     sa.Column("paused_since", sa.Float),  # null = not paused
-    sa.Column("reason", sa.Text, nullable=False),  # why it is paused or out of reach; "" = all is well
-    sa.Column("probe_at", sa.Float, nullable=False),  # nothing is sent before
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("probe_at", sa.Float, nullable=False),  # one probe at this time while paused
 )
 
 event = sa.Table(
