@@ -1,65 +1,48 @@
 """The node as SCU: C-STORE of persisted files and C-ECHO, over one association that is kept for a batch.
 
-The stored bytes are what is sent, unread. Only where a peer does not take their transfer syntax is the data set encoded
-anew for that association, under the same SOP Instance UID and the same way each time; the file stays as it is. Stands
-under deliver and the command line; decides nothing about retries, only says what happened (`SendOutcome`).
+The stored bytes are what is sent. Where a peer does not take a compressed transfer syntax, the frames are decompressed
+for that association only, under the same SOP Instance UID; the file stays as it is. Stands under deliver and the
+command line; decides nothing about retries, only says what happened (`SendOutcome`).
 """
 
 from __future__ import annotations
 
-import contextlib
+import io
 import socket
+import ssl
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.filereader import read_file_meta_info
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pynetdicom import AE, _config, evt
+from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import build_context
 
 from dicom_node.config import Destination
-from dicom_node.dimse.refusal import diagnose, rejected
 from dicom_node.dimse.status import Outcome, classify
 from dicom_node.dimse.tls import client_context
 from dicom_node.errors import ConfigError
-from dicom_node.store.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
 VERIFICATION = "1.2.840.10008.1.1"
-UNCOMPRESSED = (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
+UNCOMPRESSED: list[str | UID] = [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
+CONNECT_SECONDS, ACSE_SECONDS, DIMSE_SECONDS = 10.0, 30.0, 60.0
 BATCH, IDLE_SECONDS = 50, 30.0
 """One association carries at most so many objects and is not kept longer than this without work."""
-SLOWEST_BYTES_PER_SECOND = 125_000
-"""A large object over a thin line gets the time it needs before its response is missed."""
-MEDIUM, HIGH = 0, 1
-"""Priority (0000,0700), PS3.7 E.1."""
 TCP_QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 
-
-@dataclass(frozen=True, slots=True)
-class TimeOuts:
-    """Seconds."""
-
-    connect: float = 10.0
-    associate: float = 30.0
-    respond: float = 60.0
-    """For a DIMSE response, and for a peer that takes no more bytes."""
-
-
-class Scope(StrEnum):
-    """What an outcome says something about."""
-
-    OBJECT = "OBJECT"
-    SOP_CLASS = "SOP_CLASS"
-    """Every object of this SOP Class would meet the same."""
-    DESTINATION = "DESTINATION"
-    """Nothing at all gets through."""
+_REJECT_PERMANENT: dict[tuple[int | None, int | None], str] = {
+    (1, 1): "rejected without a reason given",
+    (1, 2): "rejected: application context not supported",
+    (1, 3): "our AE title is not known there: enter it in the destination's configuration",
+    (1, 7): "its AE title is another than the one configured here (deliver.destinations.*.ae_title)",
+    (2, 1): "rejected by its upper layer",
+    (2, 2): "rejected: protocol version not supported",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +54,8 @@ class SendOutcome:
     """Of the C-STORE response; None = there was none."""
     reason: str
     """Free of PHI."""
-    scope: Scope = Scope.OBJECT
+    connection: bool = False
+    """True = the association failed, not this object: nothing else will get through either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,54 +67,37 @@ class EchoOutcome:
 
 
 class Sender:
-    """One thread sends; another may `close`, which cuts short what is under way."""
+    """Not thread-safe: one sender a destination worker."""
 
-    def __init__(self, calling_ae_title: str, time_outs: TimeOuts | None = None) -> None:
-        self._calling, self._time_outs = calling_ae_title, time_outs or TimeOuts()
+    def __init__(self, calling_ae_title: str) -> None:
+        self._calling = calling_ae_title
         self._association: Association | None = None
-        self._opening: Association | None = None
-        self._peer: tuple[str, str, int] = ("", "", 0)
-        self._proposed: set[tuple[str, str]] = set()
-        self._sent, self._used, self._at_work = 0, 0.0, False
-        _config.STORE_SEND_CHUNKED_DATASET = True  # of pynetdicom: a path is sent as it is, not decoded and encoded
+        self._key: tuple[Any, ...] = ()
+        self._sent, self._used = 0, 0.0
 
-    def send_file(
-        self, to: Destination, path: Path, *, batch: Iterable[tuple[str, str]] = (), urgent: bool = False
-    ) -> SendOutcome:
+    def send_file(self, to: Destination, path: Path, *, batch: Iterable[tuple[str, str]] = ()) -> SendOutcome:
         """C-STORE one Part 10 file. `batch`: (SOP Class, Transfer Syntax) of what else this association will carry."""
         try:
-            meta = read_file_meta_info(path)
-            wanted = (str(meta.MediaStorageSOPClassUID), str(meta.TransferSyntaxUID))
+            dataset = pydicom.dcmread(path)
+            wanted = (str(dataset.SOPClassUID), str(dataset.file_meta.TransferSyntaxUID))
         except (OSError, pydicom.errors.InvalidDicomError, AttributeError) as e:
             return SendOutcome(Outcome.DEAD, None, f"the object's file cannot be read ({type(e).__name__})")
-        self._at_work = True
-        try:
-            used_before = self._is_open(to, {wanted})
-            outcome = self._send(to, path, {wanted, *batch}, wanted, urgent)
-            if used_before and self._association is None and outcome.status is None and outcome.kind is Outcome.RETRY:
-                # The peer may have let go of an association that was idle: that is no failure of this object.
-                outcome = self._send(to, path, {wanted, *batch}, wanted, urgent)
-            return outcome
-        finally:
-            self._at_work = False
+        failed = self._open(to, {wanted, *batch})
+        if failed is not None:
+            return failed
+        return self._store(dataset, wanted)
 
     def echo(self, to: Destination) -> EchoOutcome:
         """C-ECHO on an association of its own."""
         self.close()
-        self._at_work = True
+        failed = self._open(to, {(VERIFICATION, str(ImplicitVRLittleEndian))})
+        if failed is not None or self._association is None:
+            return EchoOutcome(False, failed.reason if failed else "no association")
         try:
-            failed = self._open(to, {(VERIFICATION, str(ImplicitVRLittleEndian))})
-            if failed is not None or self._association is None:
-                return EchoOutcome(False, failed.reason if failed else "no association")
-            if not self._association.accepted_contexts:
-                return EchoOutcome(False, "the association opens, but C-ECHO (Verification) is not offered there")
-            try:
-                answer = self._association.send_c_echo()
-            except (RuntimeError, ValueError):
-                answer = Dataset()
-        finally:
-            self._at_work = False
-            self.close()
+            answer = self._association.send_c_echo()
+        except (RuntimeError, ValueError):
+            answer = Dataset()
+        self.close()
         if "Status" not in answer:
             return EchoOutcome(False, "the association opens, but C-ECHO is not answered")
         ok = answer.Status == 0
@@ -142,170 +109,122 @@ class Sender:
             self.close()
 
     def close(self) -> None:
-        """Release the association, if there is one; cut it, if it is at work in another thread."""
+        """Release the association, if there is one."""
         association, self._association = self._association, None
-        if self._at_work:
-            for busy in (association, self._opening):
-                _cut(busy)
-        elif association is not None and association.is_established:
+        if association is not None and association.is_established:
             association.release()
 
-    # -- association
-
-    def _is_open(self, to: Destination, wanted: set[tuple[str, str]]) -> bool:
-        return (
-            self._association is not None
-            and self._association.is_established
-            and self._sent < BATCH
-            and self._peer == (to.ae_title, to.host, to.port)
-            and wanted <= self._proposed
-        )
-
     def _open(self, to: Destination, wanted: set[tuple[str, str]]) -> SendOutcome | None:
-        """An association on which `wanted` was proposed; None = there is one now."""
-        if self._is_open(to, wanted):
-            return None
-        if self._is_open(to, set()):  # open, but something new came: do not forget what it was opened for
-            wanted = wanted | self._proposed
-        self._release()
-        started = time.monotonic()
-        connected = False
-
-        def on_open(event: Any) -> None:
-            nonlocal connected
-            connected = True
-            self._opening = event.assoc
-            raw = event.assoc.dul.socket.socket
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            raw.settimeout(self._time_outs.respond)  # pynetdicom waits for ever on a peer that stops reading
-
+        """An association that carries `wanted`; None = there is one now."""
+        key = (to.ae_title, to.host, to.port)
+        open_now = self._association
+        if open_now is not None and open_now.is_established and self._sent < BATCH and self._key[:3] == key:
+            if wanted <= self._key[3]:
+                return None
+            wanted |= self._key[3]
+        self.close()
         try:
-            association = self._associate(to, wanted, on_open)
+            association = self._associate(to, wanted)
         except ConfigError as e:
-            return SendOutcome(Outcome.PAUSE, None, str(e), Scope.DESTINATION)
-        except OSError as e:
-            text = f"{to.host} cannot be resolved or reached ({e.strerror or type(e).__name__})"
-            return SendOutcome(Outcome.RETRY, None, text, Scope.DESTINATION)
-        finally:
-            self._opening = None
-        nothing_taken = association.acceptor.primitive is not None and not association.is_rejected
-        if not association.is_established and not nothing_taken:
-            seconds = time.monotonic() - started
-            refusal = rejected(association, self._calling) or diagnose(
-                to, connected=connected, seconds=seconds, connect_seconds=self._time_outs.connect
-            )
-            kind = Outcome.PAUSE if refusal.permanent else Outcome.RETRY
-            return SendOutcome(kind, None, refusal.reason, Scope.DESTINATION)
-        self._association, self._peer, self._proposed = association, (to.ae_title, to.host, to.port), wanted
-        self._sent, self._used = 0, time.monotonic()
+            return SendOutcome(Outcome.PAUSE, None, str(e), connection=True)
+        if not association.is_established:
+            return _why_not(association, to)
+        self._association, self._key, self._sent, self._used = association, (*key, wanted), 0, time.monotonic()
         return None
 
-    def _associate(self, to: Destination, wanted: set[tuple[str, str]], on_open: Any) -> Association:
+    def _associate(self, to: Destination, wanted: set[tuple[str, str]]) -> Association:
         ae = AE(self._calling)
-        ae.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
-        ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
-        ae.connection_timeout, ae.acse_timeout = self._time_outs.connect, self._time_outs.associate
-        ae.dimse_timeout = ae.network_timeout = self._time_outs.respond
+        ae.connection_timeout, ae.acse_timeout, ae.dimse_timeout = CONNECT_SECONDS, ACSE_SECONDS, DIMSE_SECONDS
+        ae.network_timeout = DIMSE_SECONDS
         contexts = []
         for sop_class in sorted({c for c, _ in wanted}):
-            contexts.append(build_context(sop_class, list(UNCOMPRESSED)))
+            contexts.append(build_context(sop_class, UNCOMPRESSED))
             # A context of its own: in a shared one the peer would choose, and might choose against what we hold.
-            compressed = sorted({t for c, t in wanted if c == sop_class and t not in UNCOMPRESSED})
+            compressed = sorted({t for c, t in wanted if c == sop_class and UID(t).is_compressed})
             contexts += [build_context(sop_class, [syntax]) for syntax in compressed]
+        tls = (client_context(to.tls), to.host) if to.tls is not None else None
         return ae.associate(
             to.host,
             to.port,
             contexts,
             ae_title=to.ae_title,
-            tls_args=(client_context(to.tls), to.host) if to.tls is not None else None,
-            evt_handlers=[(evt.EVT_CONN_OPEN, on_open)],
+            tls_args=tls,
+            evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay)],
         )
 
-    def _release(self) -> None:
-        association, self._association = self._association, None
-        if association is not None and association.is_established:
-            association.release()
-
-    # -- C-STORE
-
-    def _send(
-        self, to: Destination, path: Path, proposed: set[tuple[str, str]], wanted: tuple[str, str], urgent: bool
-    ) -> SendOutcome:
-        failed = self._open(to, proposed)
+    def _store(self, dataset: Dataset, wanted: tuple[str, str]) -> SendOutcome:
         association = self._association
-        if failed is not None or association is None:
-            return failed or SendOutcome(Outcome.RETRY, None, "closed", Scope.DESTINATION)
-        sop_class, syntax = wanted
-        accepted = {c.transfer_syntax[0] for c in association.accepted_contexts if c.abstract_syntax == sop_class}
-        if not accepted:
-            text = f"the peer takes no {UID(sop_class).name}"
-            return SendOutcome(Outcome.PAUSE, None, text, Scope.SOP_CLASS)
-        if syntax in accepted:
-            return self._store(association, path, path, urgent)
-        if accepted.isdisjoint(UNCOMPRESSED):
-            text = f"the peer takes {UID(sop_class).name} in no transfer syntax we can send"
-            return SendOutcome(Outcome.PAUSE, None, text, Scope.SOP_CLASS)
+        assert association is not None  # noqa: S101  _open made it
+        accepted = {(c.abstract_syntax, c.transfer_syntax[0]) for c in association.accepted_contexts}
+        if not any(a == wanted[0] for a, _ in accepted):
+            return SendOutcome(Outcome.PAUSE, None, f"the peer takes no {UID(wanted[0]).name}", connection=False)
+        if UID(wanted[1]).is_compressed and wanted not in accepted:
+            dataset = _decompressed(dataset)
         try:
-            dataset = _uncompressed(path)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError) as e:
-            text = f"the peer takes it only uncompressed, and it cannot be decompressed ({type(e).__name__})"
-            return SendOutcome(Outcome.DEAD, None, text)
-        return self._store(association, dataset, path, urgent)
-
-    def _store(self, association: Association, what: Path | Dataset, path: Path, urgent: bool) -> SendOutcome:
-        patience = self._time_outs.respond + path.stat().st_size / SLOWEST_BYTES_PER_SECOND
-        association.dimse_timeout = patience
-        started = time.monotonic()
-        try:
-            _acknowledge_at_once(association)
-            answer = association.send_c_store(what, msg_id=self._sent + 1, priority=HIGH if urgent else MEDIUM)
-        except (RuntimeError, OSError) as e:
-            answer, text = Dataset(), f"the association broke ({type(e).__name__})"
-        except (ValueError, AttributeError) as e:  # our own object: it would be so at every peer
-            return SendOutcome(Outcome.DEAD, None, f"the object cannot be encoded ({type(e).__name__})")
-        else:
-            late = time.monotonic() - started >= patience
-            text = f"no answer within {patience:.0f} s" if late else "aborted or closed by the peer in the transfer"
+            self._quick_ack(association)
+            answer = association.send_c_store(dataset)
+        except (RuntimeError, ValueError) as e:
+            self.close()
+            return SendOutcome(Outcome.RETRY, None, f"the association broke ({type(e).__name__})", connection=True)
         self._sent, self._used = self._sent + 1, time.monotonic()
         if "Status" not in answer:  # time-out or abort: pynetdicom returns an empty data set
-            self._association = None
             association.abort()
-            return SendOutcome(Outcome.RETRY, None, text)
-        status = int(answer.Status)
-        kind = classify(status)
-        return SendOutcome(kind, status, _said(status), _scope(kind, status))
+            self._association = None
+            return SendOutcome(Outcome.RETRY, None, "no answer: time-out, abort or connection lost", connection=True)
+        return SendOutcome(classify(answer.Status), int(answer.Status), _said(int(answer.Status)))
+
+    @staticmethod
+    def _quick_ack(association: Association) -> None:
+        """A peer with Nagle on holds its response back until we acknowledge: do that at once (Linux)."""
+        transport = association.dul.socket
+        if TCP_QUICKACK is not None and transport is not None and transport.socket is not None:
+            transport.socket.setsockopt(socket.IPPROTO_TCP, TCP_QUICKACK, 1)
 
 
-NOT_AUTHORISED = (0x0124, 0x0214)
+def _no_delay(event: Any) -> None:
+    event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def _scope(kind: Outcome, status: int) -> Scope:
-    if kind is not Outcome.PAUSE:
-        return Scope.OBJECT
-    return Scope.DESTINATION if status in NOT_AUTHORISED else Scope.SOP_CLASS
+def _decompressed(dataset: Dataset) -> Dataset:
+    """A copy in Explicit VR Little Endian, same UIDs; our captures are RLE Lossless, so nothing is lost."""
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    buffer.seek(0)
+    copy = pydicom.dcmread(buffer)
+    copy.decompress(generate_instance_uid=False)
+    return copy
 
 
 def _said(status: int) -> str:
     return "" if status == 0 else f"C-STORE answered with 0x{status:04X}"
 
 
-def _uncompressed(path: Path) -> Dataset:
-    """The data set in an uncompressed syntax, same UIDs; our captures are RLE Lossless, so nothing is lost."""
-    dataset = pydicom.dcmread(path)
-    if UID(dataset.file_meta.TransferSyntaxUID).is_compressed:
-        dataset.decompress(generate_instance_uid=False)
-    return dataset
+def _why_not(association: Association, to: Destination) -> SendOutcome:
+    """PS3.8 table 9-21: result 1 = permanent, 2 = transient."""
+    primitive = association.acceptor.primitive
+    if association.is_rejected and primitive is not None:
+        result, source, reason = primitive.result, primitive.result_source, primitive.diagnostic
+        if result == 1:
+            said = _REJECT_PERMANENT.get((source, reason), f"rejected for good (source {source}, reason {reason})")
+            return SendOutcome(Outcome.PAUSE, None, said, connection=True)
+        text = f"rejected for now (source {source}, reason {reason})"
+        return SendOutcome(Outcome.RETRY, None, text, connection=True)
+    if primitive is not None and not association.accepted_contexts:
+        return SendOutcome(Outcome.PAUSE, None, "the peer takes none of our SOP Classes", connection=True)
+    return _diagnose(to)
 
 
-def _acknowledge_at_once(association: Association) -> None:
-    """A peer with Nagle on holds its response back until we acknowledge: do that at once (Linux)."""
-    transport = association.dul.socket
-    if TCP_QUICKACK is not None and transport is not None and transport.socket is not None:
-        transport.socket.setsockopt(socket.IPPROTO_TCP, TCP_QUICKACK, 1)
-
-
-def _cut(association: Association | None) -> None:
-    transport = association.dul.socket if association is not None else None
-    if transport is not None and transport.socket is not None:
-        with contextlib.suppress(OSError):
-            transport.socket.shutdown(socket.SHUT_RDWR)
+def _diagnose(to: Destination) -> SendOutcome:
+    """pynetdicom tells no reason for a connection that never was; look once more, without DICOM."""
+    try:
+        with socket.create_connection((to.host, to.port), CONNECT_SECONDS) as plain:
+            if to.tls is not None:
+                client_context(to.tls).wrap_socket(plain, server_hostname=to.host).close()
+    except ssl.SSLError as e:
+        text = f"the TLS handshake fails ({e.reason or 'no reason given'}): certificates and CA on both sides"
+        return SendOutcome(Outcome.PAUSE, None, text, connection=True)
+    except OSError as e:
+        text = f"no connection to {to.host}:{to.port} ({e.strerror or type(e).__name__})"
+        return SendOutcome(Outcome.RETRY, None, text, connection=True)
+    text = "the connection opens, but no association comes about: no answer, or aborted by the peer"
+    return SendOutcome(Outcome.RETRY, None, text, connection=True)
