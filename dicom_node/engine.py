@@ -48,26 +48,33 @@ class UnitPrediction:
     logits: NDArray[np.float32]
     """(K,), pooled over the frames as the manifest says; not calibrated."""
     feature_maps: NDArray[np.float32]
-    """(n, C, h, w): last feature map per frame; the node's OOD gate and class activation map read it."""
+    """Last feature maps, which the node's OOD gate and class activation map read: (n, C, h, w), one for each frame, or
+    (1, C, d, h, w), one volume whose depth spans the n frames. Where the engine gives `cam`, (m, C, ...) of any m."""
     frames: NDArray[np.uint8]
     """(n, H, W) or (n, H, W, 3): the cropped source frames, for display under the map."""
     frame_refs: tuple[FrameRef, ...]
-    """Length n."""
+    """Length n >= 1."""
     region: tuple[int, int, int, int]
     """x0, y0, x1, y1 (inclusive) of the crop in the source frame."""
     cam: NDArray[np.float32] | None = None
-    """(n, h, w) signed map from the graph, where the head is not linear; else None and the node computes it."""
+    """(n, h, w) signed map towards the positive class, where the head is not linear; None: the node makes it."""
     laterality: str = ""
     laterality_note: str = ""
     roi_source: str = "none"
     frame_time_ms: float | None = None
+    heatmap: bool = True
+    """False for a unit that sums up others (both testes): their frames, no picture of its own."""
+    notes: tuple[str, ...] = ()
+    """For the reader of the report; free of PHI."""
 
     def __post_init__(self) -> None:
         n = len(self.frame_refs)
-        if self.logits.ndim != 1 or self.feature_maps.shape[0] != n or self.frames.shape[0] != n:
+        if self.logits.ndim != 1 or not n or (self.cam is None and self.feature_maps.shape[0] not in (1, n)):
             raise ValueError(
-                f"{self.tracking_identifier}: logits (K,), feature_maps (n, C, h, w) and frames (n, …) needed"
+                f"{self.tracking_identifier}: logits (K,), n >= 1 frames, feature_maps (n, C, h, w) or (1, C, d, h, w)"
             )
+        if self.heatmap and self.frames.shape[0] != n:
+            raise ValueError(f"{self.tracking_identifier}: frames (n, …) needed")
         for array in (self.logits, self.feature_maps, self.frames, *(() if self.cam is None else (self.cam,))):
             array.flags.writeable = False
 

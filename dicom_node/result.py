@@ -98,6 +98,13 @@ class ClinicalInput:
     unit: str
     time: str
     source: str
+    laterality: str = ""
+    """"R" or "L" for a value of one of paired organs; "" for a value of the patient."""
+
+    @property
+    def key(self) -> str:
+        """Its key in the mapping that engines and gates see: "FSH", "EDV L"."""
+        return f"{self.name} {self.laterality}".strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +161,37 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class FusionTerm:
+    """One axis of a nomogram with this patient's value on it. Contribution: beta * (t(value) - centre) / scale."""
+
+    name: str
+    """"logit" (the calibrated image score), or the name of a clinical value."""
+    unit: str
+    """UCUM; "" for the logit."""
+    value: float
+    transform: str
+    """t: "none" or "log" (natural)."""
+    centre: float
+    scale: float
+    beta: float
+    low: float
+    high: float
+    """The axis as drawn, in the unit of the value: the range the coefficients were fitted on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """Image score and clinical values in one logistic model, with the delta-method interval of its probability."""
+
+    terms: tuple[FusionTerm, ...]
+    intercept: float
+    linear_predictor: float
+    probability: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One evaluated unit (lesion, clip, testis, patient): what was looked at, and what the model says of it."""
 
@@ -174,6 +212,11 @@ class Finding:
     heatmap: Heatmap | None
     roi_source: str
     """"none", or where the region of interest came from: SEG, RTSTRUCT, SR, GSPS, auto."""
+    fusion: Fusion | None = None
+    """Where the package fuses and every clinical value was there: `scores[0]` is its probability, `scores[1]` the
+    image's alone."""
+    notes: tuple[str, ...] = ()
+    """For the reader of the report, free of PHI, for example "fusion not computed: FSH is missing"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +288,10 @@ def _heatmap(v: dict[str, Any] | None) -> Heatmap | None:
     )
 
 
+def _fusion(v: dict[str, Any] | None) -> Fusion | None:
+    return None if v is None else Fusion(**(v | {"terms": tuple(FusionTerm(**t) for t in v["terms"])}))
+
+
 def _finding(v: dict[str, Any]) -> Finding:
     return Finding(
         **(
@@ -258,6 +305,8 @@ def _finding(v: dict[str, Any]) -> Finding:
                 "scores": tuple(Score(**(s | {"outcome": Code(*s["outcome"])})) for s in v["scores"]),
                 "sources": _frame_refs(v["sources"]),
                 "heatmap": _heatmap(v["heatmap"]),
+                "fusion": _fusion(v["fusion"]),
+                "notes": tuple(v["notes"]),
             }
         )
     )

@@ -37,6 +37,29 @@ class Categories(_Strict):
     indeterminate: CodeEntry
 
 
+class ClinicalEntry(_Strict):
+    """A clinical value the task can use. Absent or out of range: the score is the image's alone."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")]
+    code: CodeEntry
+    """LOINC (scheme LN) or SNOMED CT."""
+    also: tuple[CodeEntry, ...] = ()
+    """Further codes that mean the same."""
+    unit: Annotated[str, Field(max_length=16)]
+    """UCUM; a value in another unit of the same dimension is converted."""
+    range: tuple[float, float]
+    """Plausible values in `unit`; outside: refused as a value, with the reason in the report."""
+    max_age_days: Annotated[float, Field(gt=0)] = 90
+    per_side: bool = False
+    """True for a measurement of one of paired organs; the study must then say which."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ClinicalEntry:
+        if self.range[0] >= self.range[1]:
+            raise ValueError("range: [low, high]")
+        return self
+
+
 class Task(_Strict):
     """engine.yaml: what the task needs and says, whatever the weights."""
 
@@ -56,10 +79,12 @@ class Task(_Strict):
     paired: bool
     outcome: CodeEntry
     """Concept name of the probability, for example (PROB-HIGHGRADE, 99INFER)."""
+    image_outcome: CodeEntry | None = None
+    """Concept name of the image's own probability, where a package fuses it with clinical values."""
     categories: Categories
     libraries: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ...] = ()
     """Python modules beyond the node's base that engine.py imports; absent = the task is "not available"."""
-    clinical: tuple[str, ...] = ()
+    clinical: tuple[ClinicalEntry, ...] = ()
 
 
 class ModelEntry(_Strict):
@@ -145,6 +170,42 @@ class OodSpec(_Strict):
     quantile: float = 0.99
 
 
+class FusionTermSpec(_Strict):
+    """One term: beta * (t(value) - centre) / scale."""
+
+    name: str
+    """"logit": log-odds of the image after calibration; else a clinical value of the task."""
+    transform: Literal["none", "log"] = "none"
+    centre: float
+    scale: Annotated[float, Field(gt=0)]
+    beta: float
+    axis: tuple[float, float]
+    """Drawn from, to: the range of the cohort it was fitted on, in the unit of the value."""
+
+
+class FusionSpec(_Strict):
+    """Logistic model of the image's log-odds and clinical values. A unit of one side takes that side's values, one of
+    both the mean of the two; where one is missing nothing is computed."""
+
+    terms: tuple[FusionTermSpec, ...] = Field(min_length=2)
+    intercept: float
+    covariance: tuple[tuple[float, ...], ...]
+    """(k + 1, k + 1) of intercept and betas, in that order; the interval is the delta method's."""
+    decision: Decision
+    fitted_on: str
+    n: Annotated[int, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FusionSpec:
+        names = [term.name for term in self.terms]
+        size = len(names) + 1
+        if names.count("logit") != 1 or len(set(names)) != len(names):
+            raise ValueError("terms: every name once, and logit")
+        if len(self.covariance) != size or any(len(row) != size for row in self.covariance):
+            raise ValueError("covariance: one row and column for the intercept and for each term")
+        return self
+
+
 class FileEntry(_Strict):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
@@ -177,6 +238,7 @@ class Manifest(_Strict):
     decision: Decision
     explain: Explain
     ood: OodSpec
+    fusion: FusionSpec | None = None
     metrics: dict[str, object] = Field(default_factory=dict)
     provenance: dict[str, object] = Field(default_factory=dict)
     files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,120}$")], FileEntry]
