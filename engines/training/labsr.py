@@ -50,14 +50,14 @@ def write_lab_sr(image_dataset: Dataset, values: Sequence[LabValue], uid_seed: i
     """The report in the study of `image_dataset`, with file meta information. `uid_seed` None: random UIDs."""
     if not values:
         raise ValueError("a report needs a value")
-    key = secrets.token_bytes(16) if uid_seed is None else uid_seed.to_bytes(8, "big", signed=True)
+    key = key_of(uid_seed)
     ds = Dataset()
     ds.SpecificCharacterSet = "ISO_IR 192"
     for keyword in _COPIED:
         if keyword in image_dataset:
             ds[keyword] = copy.deepcopy(image_dataset[keyword])
-    ds.SOPClassUID, ds.SOPInstanceUID = EnhancedSRStorage, _uid(key, "lab sr")
-    ds.SeriesInstanceUID = _uid(key, "lab series")
+    ds.SOPClassUID, ds.SOPInstanceUID = EnhancedSRStorage, uid(key, "lab sr")
+    ds.SeriesInstanceUID = uid(key, "lab series")
     ds.Modality, ds.SeriesNumber, ds.InstanceNumber = "SR", 99, 1
     ds.SeriesDescription = "Laboratory and measurements"
     ds.ReferencedPerformedProcedureStepSequence = []
@@ -85,7 +85,7 @@ def _root(ds: Dataset, values: Sequence[LabValue], key: bytes) -> None:
                      ("en-US", "RFC5646", "English (United States)"))  # fmt: skip
     observer = _code("HAS OBS CONTEXT", ("121005", "DCM", "Observer Type"), ("121007", "DCM", "Device"))
     device = _item("HAS OBS CONTEXT", "UIDREF", ("121012", "DCM", "Device Observer UID"))
-    device.UID = _uid(key, "device")
+    device.UID = uid(key, "device")
     procedure = _code("HAS CONCEPT MOD", ("121058", "DCM", "Procedure reported"),
                       ("363679005", "SCT", "Imaging procedure"))  # fmt: skip
     measurements = _item("CONTAINS", "CONTAINER", ("126010", "DCM", "Imaging Measurements"))
@@ -99,7 +99,7 @@ def _group(value: LabValue, key: bytes) -> Dataset:
     identifier = _item("HAS OBS CONTEXT", "TEXT", ("112039", "DCM", "Tracking Identifier"))
     identifier.TextValue = f"{value.name} {value.laterality}".strip()
     unique = _item("HAS OBS CONTEXT", "UIDREF", ("112040", "DCM", "Tracking Unique Identifier"))
-    unique.UID = _uid(key, f"tracking {identifier.TextValue}")
+    unique.UID = uid(key, f"tracking {identifier.TextValue}")
     group.ContentSequence = [identifier, unique, _number(value)]
     return group
 
@@ -166,7 +166,12 @@ def _when(image: Dataset) -> tuple[str, str]:
     return now.strftime("%Y%m%d"), now.strftime("%H%M%S")
 
 
-def _uid(key: bytes, what: str) -> str:
+def key_of(uid_seed: int | None) -> bytes:
+    """What UIDs are derived from: a number, or chance."""
+    return secrets.token_bytes(16) if uid_seed is None else uid_seed.to_bytes(8, "big", signed=True)
+
+
+def uid(key: bytes, what: str) -> str:
     """UUID-derived UID (PS3.5 B.2)."""
     digest = bytearray(hashlib.sha256(key + what.encode()).digest()[:16])
     digest[6], digest[8] = digest[6] & 0x0F | 0x40, digest[8] & 0x3F | 0x80  # version 4, RFC 9562

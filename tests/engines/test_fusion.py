@@ -1,4 +1,4 @@
-"""The nomogram's regression: maximum likelihood, covariance, interval, and the leak it must not have; laboratory reports."""
+"""The regression of the nomogram: likelihood, covariance, interval, the leak it must not have; laboratory reports."""
 
 from __future__ import annotations
 

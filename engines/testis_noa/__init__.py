@@ -1,0 +1,1 @@
+"""Testis ultrasound: non-obstructive against obstructive azoospermia."""
