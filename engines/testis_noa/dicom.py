@@ -59,16 +59,61 @@ def datasets(patient: Patient, encoding: str = "jpeg", labels: Labels | None = N
     return [*made, write_lab_sr(made[0], values, labels.uid_seed)] if values else made
 
 
-def write(patient: Patient, folder: Path, encoding: str = "jpeg", labels: Labels | None = None) -> list[Path]:
-    """Save as Part 10 files."""
+def write(
+    patient: Patient, folder: Path, encoding: str = "jpeg", labels: Labels | None = None, roi: bool = False
+) -> list[Path]:
+    """Save as Part 10 files; with `roi` a SEG of each testis beside its image."""
     folder.mkdir(parents=True, exist_ok=True)
+    labels = labels or Labels()
+    made = datasets(patient, encoding, labels)
+    if roi:
+        stills = [s for s in patient.stills if s.side in labels.sides]
+        images = [ds for ds in made if ds.Modality == "US"]
+        key = key_of(labels.uid_seed)
+        made += [segmentation(image, still.mask, still.side, key) for image, still in zip(images, stills, strict=True)]
     paths = []
-    for ds in datasets(patient, encoding, labels):
-        side = ds.get("ImageLaterality") or str(ds.InstanceNumber)
-        name = f"testis_noa-{patient.seed}-{patient.label}-{'lab' if ds.Modality == 'SR' else side}.dcm"
-        ds.save_as(folder / name, enforce_file_format=True)
-        paths.append(folder / name)
+    for ds in made:
+        part = {"SR": "lab", "SEG": f"seg-{ds.InstanceNumber}", "US": f"us-{ds.InstanceNumber}"}[ds.Modality]
+        path = folder / f"testis_noa-{patient.seed}-{patient.label}-{part}.dcm"
+        ds.save_as(path, enforce_file_format=True)
+        paths.append(path)
     return paths
+
+
+def segmentation(image: Dataset, mask: NDArray[np.bool_], side: str, key: bytes) -> Dataset:
+    """A binary SEG of the testis on its image, as a reader's tool writes it (PS3.3 A.51)."""
+    import highdicom as hd
+    from pydicom.sr.coding import Code
+
+    right, left = Code("24028007", "SCT", "Right"), Code("7771000", "SCT", "Left")
+    description = hd.seg.SegmentDescription(
+        segment_number=1,
+        segment_label="Testis",
+        segmented_property_category=Code("123037004", "SCT", "Anatomical structure"),
+        segmented_property_type=Code(*TESTIS),
+        algorithm_type=hd.seg.SegmentAlgorithmTypeValues.MANUAL,
+        anatomic_regions=[Code(*TESTIS)],
+    )
+    description.AnatomicRegionSequence[0].AnatomicRegionModifierSequence = [
+        hd.sr.CodedConcept.from_code(right if side == "R" else left)
+    ]
+    number = int(image.InstanceNumber)
+    made: Dataset = hd.seg.Segmentation(
+        source_images=[image],
+        pixel_array=mask[None].astype(np.uint8),
+        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=[description],
+        series_instance_uid=uid(key, "seg series"),
+        series_number=2,
+        sop_instance_uid=uid(key, f"seg {number}"),
+        instance_number=number,
+        manufacturer="dicom-node",
+        manufacturer_model_name="scrotum phantom",
+        software_versions="1",
+        device_serial_number="0",
+    )
+    made.PatientOrientation = None  # type 2C without a frame of reference, which ultrasound lacks
+    return made
 
 
 def clinical_values(patient: Patient, stills: list[Still], names: tuple[str, ...]) -> list[LabValue]:

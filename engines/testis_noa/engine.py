@@ -49,8 +49,8 @@ class Prepared:
 
     x: NDArray[np.float32]
     """(1, 1, 224, 224)."""
-    crop: NDArray[np.uint8]
-    """(H, W), native resolution."""
+    crops: NDArray[np.uint8]
+    """(1, H, W), native resolution."""
     region: Box
 
 
@@ -206,8 +206,10 @@ def locator_input(grey: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.asarray(small[None, None], np.float32)
 
 
-def prepare(instance: Instance, pixels: PixelReader, box: Box) -> Prepared | Refusal:
+def prepare(instance: Instance, pixels: PixelReader, box: Box | None = None) -> Prepared | Refusal:
     """From a still and the box of its testis (x0, y0, x1, y1 inclusive) to the network's input."""
+    if box is None:
+        return Refusal(RefusalCode.ROI_REQUIRED, "no box of the testis")
     x0, y0, x1, y1 = box
     if min(x1 - x0, y1 - y0) < MIN_SIDE - 1:
         return Refusal(RefusalCode.ROI_REQUIRED, f"a region of {x1 - x0 + 1} x {y1 - y0 + 1} pixels is too small")
@@ -228,7 +230,7 @@ def prepare(instance: Instance, pixels: PixelReader, box: Box) -> Prepared | Ref
         return Refusal(RefusalCode.WRONG_VIEW, "colour in the B-mode image")
     grey = np.ascontiguousarray(ultrasound.to_gray(crop))
     x = (ultrasound.resize(grey, INPUT_SIZE) / 255 - MEAN) / STD
-    return Prepared(np.asarray(x[None, None], np.float32), grey, (left, top, right, bottom))
+    return Prepared(np.asarray(x[None, None], np.float32), grey[None], (left, top, right, bottom))
 
 
 # --- units -----------------------------------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ def _scored(name: str, side: str, place: _Place, run: RunModel) -> UnitPredictio
         tracking_identifier=name,
         logits=np.asarray(out["logits"], np.float32)[0],
         feature_maps=np.asarray(out["features"], np.float32),
-        frames=place.prepared.crop[None],
+        frames=place.prepared.crops,
         frame_refs=(FrameRef(instance.sop_class_uid, instance.sop_instance_uid, 1, 1),),
         region=place.prepared.region,
         laterality=side,

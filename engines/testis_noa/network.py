@@ -2,9 +2,9 @@
 
 `build("paper")` is NASNet-A Mobile; with 3 channels and 1000 classes it has the 5,289,978 trainable parameters of the
 Keras reference. `build("demo")` is the same topology, narrow, with stride 1 in the two reduction cells between the
-stacks: stride 8 of an image of 112² (the graph halves its 224² input), so that the last feature map is fine enough to
-show where a score comes from. Padding is symmetric, where Keras pads strided layers on one side. The auxiliary head of
-the training recipe on ImageNet is not part of the network in use and is left out, as in Keras.
+stacks: stride 8 of an image of 74² (the graph averages its 224² input 3 x 3), so that the last feature map of 10 x 10
+cells is fine enough to show where a score comes from. Padding is symmetric, where Keras pads strided layers on one
+side. The auxiliary head of the training recipe on ImageNet is no part of the network in use and left out, as in Keras.
 
 Outputs: `logits` and `features`. `features` holds the last feature map (after its ReLU) and, before it, the maps after
 the stem and the first stack, averaged to the same grid. The head ignores those (`full_head` gives them weight zero, so
@@ -39,6 +39,7 @@ PRESETS = {
     "paper": Preset(44, 32),
     "demo": Preset(4, 8, (2, 2, 2, 1, 1), pool=3),
     "nano": Preset(4, 8, (2, 2, 1, 1, 1), pool=4),
+    "gate": Preset(4, 8, (2, 2, 2, 1, 1), pool=3),
 }
 
 

@@ -7,17 +7,27 @@ same kind is trained on the others, calibrated, and asked about it.
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from dicom_node.pixels.grey import resize
 from dicom_node.result import Refusal
 from engines.testis_noa import dicom, engine, phantom
+from engines.training import stats
+from engines.training.fusion import Term, fit_fusion
 from engines.training.headers import MemoryReader, instance_of
 from engines.training.nuisance import image_statistics
-from engines.training.recipe import Recipe, Sample, Settings
+from engines.training.recipe import Recipe, Run, Sample, Settings
+
+if TYPE_CHECKING:
+    from engines.training.cohort import Cohort
 
 PLACE = (28, 28)
-COVARIATES = ("FSH", "TESTICULAR_VOLUME", "EDV")
+TERMS = (Term("FSH", "log"), Term("TESTICULAR_VOLUME"), Term("EDV"))
 JITTER = 0.06
 """Of the box's side: a reader outlines a testis, and the locator finds it, only so exactly."""
 
@@ -26,8 +36,22 @@ class TestisNoa(Recipe):
     """NASNet-A Mobile on the testis, and the nomogram."""
 
     task = "testis_noa"
-    covariates = COVARIATES
+    covariates = tuple(term.name for term in TERMS)
     network_name = "NASNet-A Mobile topology"
+
+    def write(self, args: argparse.Namespace) -> list[Path]:
+        said = {
+            key: getattr(args, key)
+            for key in ("description", "body_part", "patient_name", "patient_id", "uid_seed")
+            if getattr(args, key, None) is not None
+        }
+        side = getattr(args, "laterality", None)
+        if side == "none":
+            said["lateral"] = False
+        elif side in phantom.SIDES:
+            said["sides"] = side
+        patient = phantom.make(args.seed, args.label, phantom.generator(args.generator))
+        return dicom.write(patient, args.out, args.encoding or "jpeg", dicom.Labels(**said), bool(args.roi))
 
     def sample(self, seed: int, label: int, settings: Settings, encoding: str) -> Sample | Refusal:
         side = phantom.SIDES[seed // 2 % 2]
@@ -47,11 +71,77 @@ class TestisNoa(Recipe):
         area = float(np.log(still.mask.sum()))
         shape = (y1 - y0 + 1) / (x1 - x0 + 1)
         metadata = [still.mm_per_px, area, shape, float(still.side == "R")]
-        nuisance = np.concatenate([image_statistics(found.crop[None].astype(np.float64) / 255), metadata])
+        nuisance = np.concatenate([image_statistics(found.crops.astype(np.float64) / 255), metadata])
         return Sample(
             found.x, np.asarray(place, np.float32), nuisance, np.array(patient.covariates(still.side)),
             {"strength": np.array(still.strength)},
         )  # fmt: skip
+
+    # -- training
+
+    def fit(self, run: Run) -> None:
+        """The network that is shipped, and one for each fold of the nomogram."""
+        super().fit(run)
+        self._fit_folds(run)
+
+    def _fit_folds(self, run: Run) -> None:
+        """Log-odds out of fold, each calibrated on validation, into the checkpoint."""
+        from engines.training import fit
+
+        train, validation, plan = run.cohort("train"), run.cohort("validation"), run.plan
+        how = plan["folds"][run.preset]
+        settings = fit.Settings(
+            **(plan["presets"][run.preset] | {"epochs": how["epochs"]}), threads=run.threads, device=run.device
+        )
+        fold = folds(train, how["count"], run.folder is not None)
+        margin = np.full(len(train.y), np.nan)
+        for k in range(how["count"]):
+            held, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
+            model = fit.fit(
+                run.task, run.preset, settings, train.part(rest), train.part(held), run.checkpoint / f"fold-{k}"
+            )
+            t = temperature(validation.y, fit.clip_margins(model, validation, run.device))
+            margin[held] = fit.clip_margins(model, train.part(held), run.device) / t
+        np.savez(run.checkpoint / "folds.npz", allow_pickle=False, margin=margin, fold=fold, seeds=train.seeds)
+
+    # -- the package
+
+    def inputs(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": "x", "kind": "still", "frames": 1, "size": list(engine.INPUT_SIZE), "channels": 1,
+                "normalise": {"mean": engine.MEAN, "std": engine.STD},
+            }
+        ]  # fmt: skip
+
+    def fusion(self, run: Run) -> dict[str, Any] | None:
+        """The nomogram, where every patient of the cohort has all values (nothing is imputed)."""
+        train = run.cohort("train")
+        with np.load(run.checkpoint / "folds.npz", allow_pickle=False) as file:
+            margin, count = file["margin"], len(set(file["fold"].tolist()))
+        whole = np.isfinite(train.covariates).all(axis=1)
+        if len(margin) != len(train.y):
+            raise ValueError("folds.npz belongs to another cohort: run fit again")
+        if not whole.any():
+            return None
+        about = f"training cohort, log-odds out of fold ({count} folds)"
+        return fit_fusion(margin[whole], train.covariates[whole], train.y[whole], TERMS, about)
+
+
+def folds(cohort: Cohort, count: int, by_patient: bool) -> NDArray[np.int64]:
+    """The fold of each unit. Phantoms are one unit a patient, in pairs of both labels; images of a folder are divided
+    by patient, because a second image of a patient in another fold would be half in-sample."""
+    if "patient" in cohort.extra:
+        return np.asarray(np.unique(cohort.extra["patient"], return_inverse=True)[1] % count, np.int64)
+    if by_patient:
+        raise ValueError("the cohort does not say which images are of one patient")
+    return np.asarray(np.arange(len(cohort.y)) // 2 % count, np.int64)
+
+
+def temperature(y: NDArray[np.int64], margin: NDArray[np.float64]) -> float:
+    """T of a fold's network, as the package's own: never below 1, and 1 where it does not help."""
+    t = max(1.0, stats.temperature(y, margin))
+    return t if stats.nll(y, margin / t) < stats.nll(y, margin) else 1.0
 
 
 def reader_box(seed: int, still: phantom.Still) -> engine.Box:
