@@ -5,6 +5,7 @@ Every figure is printed by `python -m engines.training evaluate`; nothing is typ
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ def text(manifest: Table, notes: Table, plan: Table) -> str:
         "## What is ours\n\n" + words["ours"],
         "## Training data\n\n" + words["data"] + "\n\n" + _cohorts(plan["cohorts"]),
         _measured(notes.get("metrics", {})),
-        _decision(manifest, notes),
+        _decision(manifest, notes, plan),
         "## Limits\n\n" + "\n".join(f"- {line}" for line in words["limits"]),
         _provenance(manifest),
     ]
@@ -40,7 +41,7 @@ def _published(published: Table) -> str:
 
 
 def _cohorts(cohorts: Table) -> str:
-    head = "| cohort | seeds | clips | generator | encoding |\n| --- | --- | --- | --- | --- |\n"
+    head = "| cohort | seeds | units | generator | encoding |\n| --- | --- | --- | --- | --- |\n"
     return head + "\n".join(
         f"| {name} | {c['first_seed']} to {c['first_seed'] + c['count'] - 1} | {c['count']} | "
         f"{c.get('generator', 'training')} | {c.get('encoding', 'raw')} |"
@@ -53,14 +54,38 @@ def _ci(entry: Table) -> str:
     return f"{entry['value']:.3f} ({low:.3f} to {high:.3f})"
 
 
+_TITLES = {
+    "test": "unseen seeds",
+    "test_jpeg": "the same seeds, JPEG",
+    "shifted": "shifted generator",
+}
+
+
 def _measured(metrics: Table) -> str:
     if not metrics:
         return "## Measured\n\nNot evaluated yet: run `python -m engines.training evaluate`."
-    names = {"test": "unseen seeds", "test_jpeg": "the same seeds, JPEG", "shifted": "shifted generator"}
-    tables = {title: metrics[key] for key, title in names.items() if key in metrics}
+    tables = {title: metrics[key] for key, title in _TITLES.items() if key in metrics}
+    parts = [
+        "## Measured\n\nOn simulated images: the network **recovers a planted signal**. This is not a figure of the "
+        "clinical task. 95 % intervals; printed by `python -m engines.training evaluate`.",
+        _table(tables),
+    ]
+    fused = {title: m["fused"] for title, m in tables.items() if m.get("fused")}
+    if fused:
+        parts.append("With the clinical values (fusion):\n\n" + _table(fused))
+    return "\n\n".join([*parts, _beside(metrics)])
+
+
+def measured_of(text: str) -> str:
+    """The section of a card that holds its figures."""
+    return "## Measured" + text.partition("## Measured")[2].partition("\n## ")[0]
+
+
+def _table(tables: Mapping[str, Table]) -> str:
     rows = {
-        "clips scored (refused by rule)": lambda m: f"{m['n']} ({m['refused_by_rule']})",
+        "units scored (refused by rule)": lambda m: f"{m['n']} ({m['refused_by_rule']})",
         "AUC of the planted signal, DeLong": lambda m: _ci(m["auc"]),
+        "AUC less that of the image alone, paired DeLong": lambda m: f"{_ci(m['auc_minus_image'])}, p {m['p']:.3g}",
         "sensitivity, Wilson": lambda m: _ci(m["sensitivity"]),
         "specificity, Wilson": lambda m: _ci(m["specificity"]),
         "indeterminate": lambda m: _ci(m["indeterminate"]),
@@ -70,26 +95,36 @@ def _measured(metrics: Table) -> str:
         "calibration slope / intercept": lambda m: f"{m['calibration_slope']:.2f} / {m['calibration_intercept']:.2f}",
     }
     head = "| | " + " | ".join(tables) + " |\n| --- |" + " --- |" * len(tables) + "\n"
-    body = "\n".join(
-        f"| {name} | " + " | ".join(show(m) for m in tables.values()) + " |" for name, show in rows.items()
-    )
-    return (
-        "## Measured\n\nOn simulated clips: the network **recovers a planted signal**. This is not a figure of the "
-        "clinical task. 95 % intervals; printed by `python -m engines.training evaluate`.\n\n" + head + body + "\n\n"
-        + _beside(metrics)
-    )  # fmt: skip
+    lines = []
+    for name, show in rows.items():
+        with contextlib.suppress(KeyError):  # a row that this kind of table does not have
+            lines.append(f"| {name} | " + " | ".join(show(m) for m in tables.values()) + " |")
+    return head + "\n".join(lines)
 
 
 def _beside(metrics: Table) -> str:
+    """What stands beside the network: baselines, chance, and the gates."""
     lines = [
         f"- Shortcut check: a logistic model on image statistics, spectrum and metadata alone reaches AUC "
-        f"{_ci(metrics['shortcut_auc'])} on the same test clips (bound: 0.70).",
-        "- One time after arrival alone, AUC: " + ", ".join(f"{v:.3f}" for v in metrics["single_frame_auc"]) + ".",
-        f"- Pointing game: the maximum of the map lies in the mass in {_ci(metrics['pointing']['hit_rate'])} of "
-        f"{metrics['pointing']['n']} positives; chance {metrics['pointing']['chance']:.2f}.",
-        "- Gate, corrupted clips refused: "
-        + ", ".join(f"{name} {share:.0%}" for name, share in metrics["gate_corrupted"].items()) + ".",
-    ]  # fmt: skip
+        f"{_ci(metrics['shortcut_auc'])} on the same test units (bound: 0.70)."
+    ]
+    if "covariates_auc" in metrics:
+        lines.append(f"- The clinical values alone: AUC {_ci(metrics['covariates_auc'])}.")
+    if metrics.get("single_input_auc"):
+        lines.append("- One input alone, AUC: " + ", ".join(f"{v:.3f}" for v in metrics["single_input_auc"]) + ".")
+    if "permuted_labels" in metrics:
+        value, (low, high) = metrics["permuted_labels"]["value"], metrics["permuted_labels"]["ci95"]
+        lines.append(f"- Trained on permuted labels: AUC {value:.3f} (99 % interval {low:.3f} to {high:.3f}).")
+    if "random_weights_ssim" in metrics:
+        lines.append(f"- Map and that of random weights: structural similarity {metrics['random_weights_ssim']:.2f}.")
+    if "pointing" in metrics:
+        lines.append(
+            f"- Pointing game: the maximum of the map lies at the signal in {_ci(metrics['pointing']['hit_rate'])} of "
+            f"{metrics['pointing']['n']} positives; chance {metrics['pointing']['chance']:.2f}."
+        )
+    if metrics.get("gate_corrupted"):
+        shares = (f"{name} {share:.0%}" for name, share in metrics["gate_corrupted"].items())
+        lines.append("- Gate, corrupted units refused: " + ", ".join(shares) + ".")
     real = metrics.get("gate_real")
     if real:
         lines.append(
@@ -97,10 +132,11 @@ def _beside(metrics: Table) -> str:
             f"gate alone {_ci(real['by_gate_alone'])}. Of {real['dicom_files']} DICOM files, "
             f"{_ci(real['dicom_refused_by_rule'])} by rule and {_ci(real['dicom_by_gate_alone'])} by the gate alone."
         )
+    lines += [f"- {text}" for text in metrics.get("more", [])]
     return "\n".join(lines)
 
 
-def _decision(manifest: Table, notes: Table) -> str:
+def _decision(manifest: Table, notes: Table, plan: Table) -> str:
     decision, nll = manifest["decision"], notes["choices"]["nll"]
     kept = "kept" if manifest["calibration"]["method"] == "temperature" else "not used"
     return (
@@ -109,25 +145,25 @@ def _decision(manifest: Table, notes: Table) -> str:
         f"{decision['abstain']['lower']:.3f} to {decision['abstain']['upper']:.3f}. Temperature (never below 1) "
         f"{kept}: T = {manifest['calibration']['T']:.3f}, validation loss {nll['before']:.4f}, cross-validated with a "
         f"temperature {nll['with_temperature']:.4f}. Out of distribution above a mean squared Mahalanobis distance of "
-        f"{manifest['ood']['limit']:.1f} (99th percentile). Map painted from {manifest['explain']['vmin']:.4f} to "
-        f"{manifest['explain']['vmax']:.4f}: cam = sum over channels of (W[positive] - W[negative]) f / Z, Z = number "
-        "of cells of the feature map, so that the map sums to the logit difference without its bias."
+        f"{manifest['ood']['limit']:.1f} (99th percentile). Map ({manifest['explain']['method']}) painted from "
+        f"{manifest['explain']['vmin']:.4g} to {manifest['explain']['vmax']:.4g}."
+        + (f" {plan['card']['map']}" if "map" in plan["card"] else "")
     )
 
 
 def _provenance(manifest: Table) -> str:
     p = manifest["provenance"]
     parity = ", ".join(f"{precision} {value:.1e}" for precision, value in p["parity"].items())
+    fused = f"The deployed form moved a logit by at most {p['fuse_error']:.1e}; " if "fuse_error" in p else ""
     return (
         f"## Provenance\n\nRepository commit {p['git']}, {p['created']}, torch {p['torch']}, licence {p['licence']}. "
-        f"Re-parameterisation moved a logit by at most {p['fuse_error']:.1e}; ONNX against torch at most {parity}. "
+        f"{fused}ONNX against torch at most {parity}. "
         f"Made again by `python -m engines.training reproduce {manifest['task']}`."
     )
 
 
-def metadata(manifest: Table, notes: Table) -> dict[str, Any]:
+def metadata(manifest: Table, notes: Table, plan: Table) -> dict[str, Any]:
     """The vocabulary of MONAI bundles (names only; nothing here is executed)."""
-    size = manifest["inputs"][0]["size"]
     test = notes.get("metrics", {}).get("test", {})
     return {
         "version": manifest["version"],
@@ -137,24 +173,31 @@ def metadata(manifest: Table, notes: Table) -> dict[str, Any]:
         "authors": "dicom-node",
         "copyright": "Apache-2.0",
         "intended_use": manifest["intended_use"],
-        "data_source": "simulated (phantom.py)",
+        "data_source": "simulated (phantom.py)" if manifest["provenance"]["data"]["kind"] == "phantom" else "folder",
         "data_type": "dicom",
-        "image_classes": "grey value of the contrast panel, 0 to 255",
+        "image_classes": plan["package"].get("image_classes", "grey value, 0 to 255"),
         "label_classes": dict(enumerate(manifest["classes"])),
         "pred_classes": dict(enumerate(manifest["classes"])),
         "eval_metrics": {"planted_signal_auc": test["auc"]["value"]} if test else {},
         "references": [],
         "network_data_format": {
-            "inputs": {
-                "x": {
-                    "type": "image", "format": "magnitude", "num_channels": 1, "spatial_shape": size,
-                    "dtype": "float32",
-                    "value_range": [-1.0, 3.0], "is_patch_data": False, "channel_def": {"0": "grey"},
-                }
-            },
+            "inputs": {entry["name"]: _input(entry) for entry in manifest["inputs"]},
             "outputs": {
                 "logits": {"type": "probabilities", "num_channels": len(manifest["classes"]), "dtype": "float32"},
                 "features": {"type": "feature map", "dtype": "float32"},
             },
         },
-    }  # fmt: skip
+    }
+
+
+def _input(entry: Table) -> dict[str, Any]:
+    return {
+        "type": "image",
+        "format": "magnitude",
+        "num_channels": entry.get("channels", 1),
+        "spatial_shape": list(entry["size"]),
+        "dtype": "float32",
+        "value_range": entry.get("normalise", {}),
+        "is_patch_data": False,
+        "channel_def": {"0": "grey"},
+    }

@@ -7,8 +7,11 @@ batches 1, 2 and 3 are compared. fp16 keeps fp32 inputs and outputs and casts in
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -16,6 +19,11 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from engines.training import package
+
+if TYPE_CHECKING:
+    from engines.training.recipe import Recipe, Run
 
 OPSET = 18
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}
@@ -29,8 +37,29 @@ class _Half(nn.Module):
         super().__init__()
         self.model = model.half()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(out.float() for out in self.model(x.half()))
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        out = self.model(x.half())
+        return out.float() if isinstance(out, Tensor) else tuple(o.float() for o in out)
+
+
+def classifier(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """The scoring network of a fit into `run.out`: graphs, head.npz, and how exactly they say what torch said."""
+    from engines.training import fit
+
+    torch.set_num_threads(run.threads)
+    network: Any = fit.load(run.task, run.preset, run.checkpoint)
+    deployed = network.deploy()
+    inputs, _ = run.cohort("validation").frames()
+    sample = inputs[:3].astype(np.float32)
+    with torch.no_grad():
+        fused = float((network(torch.from_numpy(sample))[0] - deployed(torch.from_numpy(sample))[0]).abs().max())
+    folder = run.out / "models" / recipe.explained
+    shutil.rmtree(folder, ignore_errors=True)
+    paths = export(deployed, sample[:2], ("logits", "features"), folder)
+    weights, bias = deployed.full_head()
+    package.write_arrays(run.out, "head.npz", {"W": weights.numpy(), "b": bias.numpy()})
+    parameters = sum(p.numel() for p in deployed.parameters())
+    return {"fuse_error": fused, "parity": parity(deployed, paths, sample), "parameters": parameters}
 
 
 def export(model: nn.Module, example: NDArray[np.float32], outputs: tuple[str, ...], folder: Path) -> dict[str, Path]:
@@ -61,8 +90,6 @@ def export(model: nn.Module, example: NDArray[np.float32], outputs: tuple[str, .
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    import copy
-
     return copy.deepcopy(model).float().eval()
 
 
@@ -88,16 +115,21 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def parity(model: nn.Module, paths: dict[str, Path], x: NDArray[np.float32]) -> dict[str, float]:
-    """Largest absolute difference of the logits against torch fp32 at batch 1, 2 and 3; raises above the tolerance."""
+    """Largest absolute difference of the first output (the logits) against torch fp32 at batch 1, 2 and 3.
+
+    Raises RuntimeError above the tolerance.
+    """
     worst = {}
     for precision, path in paths.items():
         run = session(path)
+        first = run.get_outputs()[0].name
         differences = []
         for batch in (1, 2, 3):
             with torch.no_grad():
-                expected = model(torch.from_numpy(x[:batch]))[0].numpy()
-            logits = run.run(["logits"], {"x": x[:batch]})[0]
-            differences.append(float(np.abs(logits - expected).max()))
+                expected = model(torch.from_numpy(x[:batch]))
+            expected = (expected if isinstance(expected, Tensor) else expected[0]).numpy()
+            found = run.run([first], {"x": x[:batch]})[0]
+            differences.append(float(np.abs(found - expected).max()))
         worst[precision] = max(differences)
         if not worst[precision] <= TOLERANCE[precision]:
             raise RuntimeError(f"export: {precision} differs from torch by {worst[precision]:.2e}")

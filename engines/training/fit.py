@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
 from collections.abc import Iterator
@@ -15,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
+from tqdm import tqdm
 
 from engines.training.cohort import Cohort
+from engines.training.recipe import Recipe, recipe_of
 from engines.training.stats import auc
 
 
@@ -29,6 +30,7 @@ class Settings:
     epochs: int
     batch: int
     frames_per_clip: int
+    """Inputs drawn of each unit in an epoch."""
     learning_rate: float
     weight_decay: float
     localise: float = 0.0
@@ -37,16 +39,11 @@ class Settings:
     device: str = "cpu"
 
 
-def network(task: str, preset: str) -> nn.Module:
-    """The train form of the task's network."""
-    module: nn.Module = importlib.import_module(f"engines.{task}.network").build(preset)
-    return module
-
-
 def fit(task: str, preset: str, settings: Settings, train: Cohort, validation: Cohort, folder: Path) -> nn.Module:
     """Train, keep the weights of every epoch's end, return the last. A folder with a checkpoint is continued."""
-    _deterministic(settings)
-    model = network(task, preset).to(settings.device)
+    deterministic(settings.seed, settings.threads)
+    recipe = recipe_of(task)
+    model = recipe.network(preset).to(settings.device)
     local = LocalLoss().to(settings.device)
     steps = settings.epochs * -(-len(train.y) * settings.frames_per_clip // settings.batch)
     optimiser = torch.optim.AdamW(
@@ -57,7 +54,7 @@ def fit(task: str, preset: str, settings: Settings, train: Cohort, validation: C
     first = _resume(folder, settings, both, optimiser, schedule)
     started = time.monotonic()
     for epoch in range(first, settings.epochs):
-        loss = _epoch(both, optimiser, schedule, train, settings, epoch)
+        loss = _epoch(recipe, both, optimiser, schedule, train, settings, epoch)
         score = auc(validation.y, clip_margins(model, validation, settings.device))
         print(
             f"fit {task} {preset}: epoch {epoch + 1}/{settings.epochs} loss {loss:.4f} "
@@ -70,14 +67,14 @@ def fit(task: str, preset: str, settings: Settings, train: Cohort, validation: C
 
 def load(task: str, preset: str, folder: Path) -> nn.Module:
     """The network of a finished fit, train form, evaluation mode."""
-    model = network(task, preset)
+    model = recipe_of(task).network(preset)
     weights = load_file(folder / "weights.safetensors")
     model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
     return model.eval()
 
 
 def clip_margins(model: nn.Module, cohort: Cohort, device: str = "cpu") -> NDArray[np.float64]:
-    """Logit of the positive class less the other, pooled over the frames of a clip."""
+    """Logit of the positive class less the other, mean over the inputs of a unit."""
     logits = clip_logits(model, cohort, device)[0]
     return logits[:, 1] - logits[:, 0]
 
@@ -85,26 +82,27 @@ def clip_margins(model: nn.Module, cohort: Cohort, device: str = "cpu") -> NDArr
 def clip_logits(
     model: nn.Module, cohort: Cohort, device: str = "cpu"
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Mean logits per clip (n, K), pooled features per frame (m, C), and the clip of each frame (m,)."""
+    """Mean logits per unit (n, K), pooled features per input (m, C), and the unit of each input (m,)."""
     frames, owner = cohort.frames()
     model.eval()
     logits, pooled = [], []
     with torch.no_grad():
-        for start in range(0, len(frames), 128):
-            x = torch.from_numpy(frames[start : start + 128].astype(np.float32)).to(device)
-            out, features = model(x)
+        for start in range(0, len(frames), 64):
+            x = torch.from_numpy(frames[start : start + 64].astype(np.float32)).to(device)
+            out, features = model(x)[:2]
             logits.append(out.double().cpu().numpy())
-            pooled.append(features.mean(dim=(2, 3)).double().cpu().numpy())
+            pooled.append(features.flatten(2).mean(dim=2).double().cpu().numpy())
     per_frame = np.concatenate(logits)
     sums = np.zeros((len(cohort.y), per_frame.shape[1]))
     np.add.at(sums, owner, per_frame)
     return sums / cohort.counts[:, None], np.concatenate(pooled), owner
 
 
-def _deterministic(settings: Settings) -> None:
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    torch.use_deterministic_algorithms(True)
+def deterministic(seed: int, threads: int) -> None:
+    """The same seed gives the same weights, on the same build of torch and number of threads."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())  # cuBLAS needs a setting for it
 
 
 class LocalLoss(nn.Module):
@@ -122,18 +120,21 @@ class LocalLoss(nn.Module):
 
     def forward(self, features: Tensor, head: Tensor, place: Tensor) -> Tensor:
         last = features[:, -head.shape[1] :]  # channels before these are the gate's
-        cells = torch.einsum("nchw,c->nhw", last, head[1] - head[0]) * self.scale.exp() + self.offset
-        target = adaptive_avg_pool2d(place[:, None], (cells.shape[1], cells.shape[2]))[:, 0]
-        return binary_cross_entropy_with_logits(cells, target, pos_weight=torch.full_like(cells[0, 0, 0], self.weight))
+        cells = torch.einsum("nc...,c->n...", last, head[1] - head[0]) * self.scale.exp() + self.offset
+        target = interpolate(place[:, None], cells.shape[1:], mode="area")[:, 0]
+        return binary_cross_entropy_with_logits(cells, target, pos_weight=cells.new_tensor(self.weight))
 
 
-def _epoch(both: nn.ModuleDict, optimiser: Any, schedule: Any, train: Cohort, settings: Settings, epoch: int) -> float:
+def _epoch(
+    recipe: Recipe, both: nn.ModuleDict, optimiser: Any, schedule: Any, train: Cohort, settings: Settings, epoch: int
+) -> float:
     model: Any = both["model"]
     model.train()
     rng = np.random.default_rng([settings.seed, epoch])
     total, seen = 0.0, 0
-    for x, y, place in _batches(train, settings, rng):
-        logits, features = model(x.to(settings.device))
+    batches = -(-len(train.y) * settings.frames_per_clip // settings.batch)
+    for x, y, place in tqdm(_batches(recipe, train, settings, rng), "fit", batches, False, mininterval=5, ascii=True):
+        logits, features = model(x.to(settings.device))[:2]
         loss = cross_entropy(logits, y.to(settings.device), label_smoothing=0.05)
         if settings.localise:
             loss = loss + settings.localise * both["local"](features, model.head.weight, place.to(settings.device))
@@ -145,31 +146,19 @@ def _epoch(both: nn.ModuleDict, optimiser: Any, schedule: Any, train: Cohort, se
     return total / seen
 
 
-def _batches(train: Cohort, settings: Settings, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Random frames of every clip, augmented; each clip equally often."""
-    clips = np.repeat(np.arange(len(train.y)), settings.frames_per_clip)
-    rng.shuffle(clips)
-    for start in range(0, len(clips), settings.batch):
-        chosen = clips[start : start + settings.batch]
-        frames = rng.integers(0, train.counts[chosen])
-        x, place = augment(train.x[chosen, frames].astype(np.float32), train.place[chosen].astype(np.float32), rng)
+def _batches(
+    recipe: Recipe, train: Cohort, settings: Settings, rng: np.random.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Random inputs of every unit, augmented; each unit equally often."""
+    units = np.repeat(np.arange(len(train.y)), settings.frames_per_clip)
+    rng.shuffle(units)
+    for start in range(0, len(units), settings.batch):
+        chosen = units[start : start + settings.batch]
+        which = rng.integers(0, train.counts[chosen])
+        x, place = recipe.augment(
+            train.x[chosen, which].astype(np.float32), train.place[chosen].astype(np.float32), rng
+        )
         yield torch.from_numpy(x), torch.from_numpy(train.y[chosen]), torch.from_numpy(place)
-
-
-def augment(
-    x: NDArray[np.float32], place: NDArray[np.float32], rng: np.random.Generator
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mirror, shift (by whole cells of `place`), gain, contrast: what leaves the grade as it is."""
-    out, moved = np.empty_like(x), np.empty_like(place)
-    cell = np.array(x.shape[-2:]) // np.array(place.shape[-2:])
-    for i, (image, where) in enumerate(zip(x, place, strict=True)):
-        if rng.random() < 0.5:
-            image, where = image[..., ::-1], where[..., ::-1]
-        shift = rng.integers(-2, 3, 2)
-        image = np.roll(image, tuple(shift * cell), axis=(-2, -1))
-        moved[i] = np.roll(where, tuple(shift), axis=(-2, -1))
-        out[i] = (image + 1) * np.float32(rng.uniform(0.85, 1.15)) - 1 + np.float32(rng.uniform(-0.1, 0.1))
-    return out, moved
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

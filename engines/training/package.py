@@ -22,7 +22,7 @@ from engines.training import stats
 from engines.training.stats import Array, Labels
 
 ABSTAIN_SHARE = 0.02
-"""Share of the validation clips nearest to the threshold that are called indeterminate."""
+"""Share of the validation units nearest to the threshold that are called indeterminate."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Scored:
 
     y: Labels
     margin: Array
-    """Logit of the positive class less the other, mean over frames."""
+    """Logit of the positive class less the other, mean over inputs."""
     pooled: Array
-    """Globally averaged features, one row per frame."""
+    """Globally averaged features, one row per input."""
     owner: Labels
-    """The clip of each frame."""
+    """The unit of each input."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Choices:
         return np.where((p >= self.lower) & (p <= self.upper), -1, (p >= self.threshold).astype(np.int64))
 
     def ood(self, scored: Scored) -> Array:
-        """The statistic of `packages.OodSpec` for each clip."""
+        """The statistic of `packages.OodSpec` for each unit."""
         distance = stats.mahalanobis2(scored.pooled, self.ood_mean, self.ood_precision)
         return stats.per_unit(distance, scored.owner, len(scored.y))
 
@@ -107,14 +107,14 @@ def _temperature(validation: Scored) -> tuple[float, float, float]:
 
 
 def activation_map(features: NDArray[np.float32], weights: NDArray[np.float32], positive: int) -> NDArray[np.float32]:
-    """Signed class activation map of two classes, (n, h, w).
+    """Signed class activation map of two classes, (n, h, w) or (n, d, h, w).
 
-    cam = sum_c (W[positive, c] - W[other, c]) f_c / Z with Z = h * w, the number of cells of the feature map: its sum
-    over the map is the logit difference without the bias, so a cell's value is its share of the decision.
+    cam = sum_c (W[positive, c] - W[other, c]) f_c / Z with Z the number of cells of the feature map: its sum over the
+    map is the logit difference without the bias, so a cell's value is its share of the decision.
     """
     direction = weights[positive] - weights[1 - positive]
-    cells = features.shape[-1] * features.shape[-2]
-    return np.asarray(np.einsum("nchw,c->nhw", features, direction) / cells, np.float32)
+    cells = int(np.prod(features.shape[2:]))
+    return np.asarray(np.einsum("nc...,c->n...", features, direction) / cells, np.float32)
 
 
 def scale(maps: NDArray[np.float32]) -> tuple[float, float]:

@@ -1,13 +1,14 @@
 """Real files against a phantom-trained package: what refuses them, the task's rules or the out-of-distribution gate?
 
-Reads DICOM (also inside .zip) and PNG below the folders it is given; writes nothing, keeps no name of a patient.
+Reads DICOM (also inside .zip) and PNG below the folders it is given; writes nothing, keeps no name of a patient. Rules
+are what the engine itself refuses before the scoring model is asked; its other models (a locator) run for real.
 """
 
 from __future__ import annotations
 
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from PIL import Image
 
 from dicom_node.errors import NodeError
 from dicom_node.pixels import ultrasound
-from dicom_node.pixels.decode import PixelDecoder, decode_file
+from dicom_node.pixels.decode import PixelDecoder, PixelsUndecodableError, decode_file
 from dicom_node.result import Refusal
 from dicom_node.store.header import read_header
 from dicom_node.study import Header, Instance, Study
 from engines.training import stats
-from engines.training.cohort import engine_of
 from engines.training.evaluate import Graph
 from engines.training.package import Choices
+from engines.training.recipe import Recipe, engine_of
 
 MAX_FRAMES = 12
 
@@ -43,24 +44,37 @@ class RealFile:
     far: bool
 
 
-def examine(task: str, graph: Graph, choices: Choices, folders: Iterable[Path]) -> list[RealFile]:
+class _ReachedError(Exception):
+    """The engine asked the scoring model: no rule had refused."""
+
+
+def examine(recipe: Recipe, package: Path, graph: Graph, choices: Choices, folders: Iterable[Path]) -> list[RealFile]:
     """Every decodable file below the folders."""
     found = []
+    models = {p.parent.name: Graph.of(p) for p in package.glob("models/*/fp32.onnx")}
+
+    def ask(name: str, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        if name == recipe.explained:
+            raise _ReachedError
+        return models[name].run(inputs["x"])
+
     with tempfile.TemporaryDirectory() as scratch:
         for path in _files(folders, Path(scratch)):
-            image = _images(task, path)
+            image = _images(recipe, path, ask)
             if image is None:
                 continue
             kind, rule, x = image
-            pooled = graph(x)[1].mean(axis=(2, 3), dtype=np.float64)
-            distance = float(stats.mahalanobis2(pooled, choices.ood_mean, choices.ood_precision).mean())
+            if x is None:  # nothing the network could be shown: the rule alone counts
+                found.append(RealFile(kind, rule, float("nan"), False))
+                continue
+            distance = float(stats.mahalanobis2(graph.pooled(x), choices.ood_mean, choices.ood_precision).mean())
             found.append(RealFile(kind, rule, distance, distance > choices.ood_limit))
     return found
 
 
 def summary(files: list[RealFile]) -> dict[str, Any]:
     """Shares with intervals, for the card."""
-    either = sum(bool(f.rule) or f.far for f in files)
+    either = sum(bool(f.rule) or f.far for f in files)  # a PNG has no header, and counts on the gate alone
     dicom = [f for f in files if f.kind == "dicom"]
     return {
         "files": len(files),
@@ -93,14 +107,15 @@ def _members(path: Path, scratch: Path) -> Iterator[Path]:
                 copy.unlink()
 
 
-def _images(task: str, path: Path) -> tuple[str, str, NDArray[np.float32]] | None:
-    """(kind, rule, network input) or None when this is no image."""
-    engine: Any = engine_of(task)
+Ask = Callable[[str, Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
+
+
+def _images(recipe: Recipe, path: Path, ask: Ask) -> tuple[str, str, NDArray[np.float32] | None] | None:
+    """(kind, rule, network input or None) or None when this is no image."""
     if path.suffix.lower() == ".png":
         if "mask" in path.stem:
             return None
-        grey = np.asarray(Image.open(path).convert("L"), np.uint8)
-        return "png", "", _input(engine, [grey], None)
+        return "png", "", recipe.image_input([np.asarray(Image.open(path).convert("L"), np.uint8)])
     try:
         header = read_header(path)
         if not header.text("SOPClassUID"):
@@ -112,25 +127,27 @@ def _images(task: str, path: Path) -> tuple[str, str, NDArray[np.float32]] | Non
         return None
     boxes = ultrasound.tissue_regions(header)
     region = boxes[0] if boxes else ultrasound.fan_region(frames)
-    return "dicom", _rule(engine, path, header), _input(engine, frames, region)
+    grey = [ultrasound.to_gray(frame) if frame.dtype == np.uint8 else _window(frame) for frame in frames]
+    return (
+        "dicom",
+        _rule(recipe, path, header, ask),
+        recipe.image_input([region.crop(g) if region else g for g in grey]),
+    )
 
 
-def _rule(engine: Any, path: Path, header: Header) -> str:
+def _rule(recipe: Recipe, path: Path, header: Header, ask: Ask) -> str:
+    engine: Any = engine_of(recipe.task)
     instance = Instance("0" * 32, header, "", "", path, "", "", "", "", 0.0)
     selection = engine.select(Study.from_instances(instance.study_instance_uid, 1, [instance]), {})
     if isinstance(selection, Refusal):
         return str(selection.code)
-    prepared = engine.prepare(instance, PixelDecoder())
-    return str(prepared.code) if isinstance(prepared, Refusal) else ""
-
-
-def _input(engine: Any, frames: list[NDArray[Any]], region: ultrasound.Region | None) -> NDArray[np.float32]:
-    images = []
-    for frame in frames:
-        grey = ultrasound.to_gray(frame) if frame.dtype == np.uint8 else _window(frame)
-        grey = region.crop(grey) if region else grey
-        images.append((ultrasound.resize(grey, engine.INPUT_SIZE) / 255 - engine.MEAN) / engine.STD)
-    return np.asarray(np.stack(images)[:, None], np.float32)
+    try:
+        answer = engine.predict(selection, PixelDecoder(), ask)
+    except _ReachedError:
+        return ""
+    except PixelsUndecodableError as e:
+        return str(e.refusal().code)
+    return str(answer.code) if isinstance(answer, Refusal) else ""
 
 
 def _window(frame: NDArray[Any]) -> NDArray[np.uint8]:

@@ -5,14 +5,12 @@ Work folder: cohorts, `<task>-<preset>/` with the checkpoint. Package folder: `e
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,145 +18,120 @@ import numpy as np
 import torch
 import yaml
 
-from engines.training import card, cohort, evaluate, export, fit, package, real
-from engines.training.cohort import Cohort, Spec
+from engines.training import card, evaluate, gates, package, plots, real
 from engines.training.evaluate import Graph
 from engines.training.package import Choices
+from engines.training.recipe import Run
 
-GOLDEN_CLIPS = 4
-
-
-@dataclass(frozen=True)
-class Options:
-    """One run."""
-
-    task: str
-    preset: str
-    work: Path
-    out: Path
-    processes: int
-    threads: int
-    device: str
-    real: tuple[Path, ...]
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> Options:
-        out = args.out or Path(__file__).parents[1] / args.task / "model"
-        return cls(args.task, args.preset, args.work, out, args.processes, args.threads, args.device, tuple(args.real))
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """training.yaml of the task."""
-        path = Path(__file__).parents[1] / self.task / "training.yaml"
-        plan: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
-        return plan
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.work / f"{self.task}-{self.preset}"
-
-    def cohort(self, name: str) -> Cohort:
-        return cohort.build(Spec(self.task, **self.plan["cohorts"][name]), self.work, self.processes)
+GOLDEN_CASES = 4
 
 
-def run(verb: str, options: Options) -> int:
+def run(verb: str, o: Run) -> int:
     """One verb."""
-    verbs: dict[str, Callable[[Options], None]] = {
+    verbs: dict[str, Callable[[Run], None]] = {
         "fit": do_fit,
         "export": do_export,
         "package": do_package,
         "evaluate": do_evaluate,
         "reproduce": do_reproduce,
     }
-    verbs[verb](options)
+    verbs[verb](o)
     return 0
 
 
-def do_fit(o: Options) -> None:
+def do_fit(o: Run) -> None:
     """Train; the checkpoint lies in the work folder."""
-    settings = fit.Settings(**o.plan["presets"][o.preset], threads=o.threads, device=o.device)
-    fit.fit(o.task, o.preset, settings, o.cohort("train"), o.cohort("validation"), o.checkpoint)
+    started = time.monotonic()
+    o.recipe.fit(o)
+    _note(o, {"fit_seconds": round(time.monotonic() - started)})
 
 
-def do_export(o: Options) -> None:
+def do_export(o: Run) -> None:
     """Checkpoint to ONNX, compared with torch."""
-    torch.set_num_threads(o.threads)
-    network: Any = fit.load(o.task, o.preset, o.checkpoint)
-    deployed = network.deploy()
-    x, _ = o.cohort("validation").frames()
-    sample = x[:3].astype(np.float32)
-    with torch.no_grad():
-        fused = float((network(torch.from_numpy(sample))[0] - deployed(torch.from_numpy(sample))[0]).abs().max())
-    folder = o.out / "models" / "classifier"
-    shutil.rmtree(folder, ignore_errors=True)
-    paths = export.export(deployed, sample[:2], ("logits", "features"), folder)
-    worst = export.parity(deployed, paths, sample)
-    weights, bias = deployed.full_head()
-    package.write_arrays(o.out, "head.npz", {"W": weights.numpy(), "b": bias.numpy()})
-    _note(o, {"fuse_error": fused, "parity": worst, "parameters": sum(p.numel() for p in deployed.parameters())})
-    print(f"export {o.task}: re-parameterised within {fused:.1e}; ONNX against torch {_differences(worst)}")
+    said = o.recipe.export(o)
+    _note(o, said)
+    print(f"export {o.task}: ONNX against torch {_differences(said['parity'])}")
 
 
-def do_package(o: Options) -> None:
+def do_package(o: Run) -> None:
     """Statistics and decisions from validation, then every file with its digest."""
-    graph = graph_of(o.out)
-    train, validation = (evaluate.score(graph, o.cohort(name)) for name in ("train", "validation"))
+    recipe = o.recipe
+    graph = recipe.graph(o.out)
+    held = o.cohort("validation")
+    train, validation = (evaluate.score(graph, data) for data in (o.cohort("train"), held))
     choices = package.choose(train, validation)
     package.write_arrays(o.out, "ood.npz", {"mean": choices.ood_mean, "precision": choices.ood_precision})
-    held = o.cohort("validation")
-    positives = held.x[held.y == 1][:, : int(held.counts.min())]
-    maps = package.activation_map(
-        graph(positives[:60].reshape(-1, *positives.shape[2:]).astype(np.float32))[1], head_of(o.out), 1
-    )
-    x = np.stack([held.x[i, 2] for i in range(GOLDEN_CLIPS)]).astype(np.float32)
-    logits, features = graph(x)
-    package.write_arrays(
-        o.out, "golden.npz", {"classifier.x": x, "classifier.logits": logits, "classifier.features": features}
-    )
-    _note(o, {"choices": _chosen(choices), "scale": package.scale(maps)})
+    maps = recipe.scale_maps(o, graph, head_of(o.out))
+    x = np.stack([held.x[i, min(2, held.counts[i] - 1)] for i in range(GOLDEN_CASES)]).astype(np.float32)
+    cases = {f"{recipe.explained}.{name}": value for name, value in graph.run(x).items()}
+    package.write_arrays(o.out, "golden.npz", {f"{recipe.explained}.x": x, **cases, **recipe.golden(o)})
+    _note(o, {"choices": _chosen(choices), "scale": package.scale(maps), "fusion": recipe.fusion(o)})
     _finish(o)
 
 
-def do_evaluate(o: Options) -> None:
+def do_evaluate(o: Run) -> None:
     """Figures on unseen seeds into metrics of the manifest and the card."""
     started = time.monotonic()
-    graph, choices = graph_of(o.out), choices_of(o.out)
+    recipe = o.recipe
+    graph, choices, notes = recipe.graph(o.out), choices_of(o.out), _notes(o)
     found: dict[str, Any] = {}
-    for name in ("test", "test_jpeg", "shifted"):
+    scores = {}
+    for name in [n for n in o.plan["cohorts"] if n not in ("train", "validation")]:
         data = o.cohort(name)
-        scored = evaluate.score(graph, data)
-        found[name] = evaluate.figures(scored, choices, len(data.refused))
+        scores[name] = evaluate.score(graph, data)
+        found[name] = evaluate.figures(scores[name], choices, len(data.refused))
         print(f"{name}: AUC {found[name]['auc']}, right as reported {found[name]['right_as_reported']}", flush=True)
-    test = o.cohort("test")
-    found["shortcut_auc"] = evaluate.shortcut(o.cohort("train"), test).to_json()
-    found["single_frame_auc"] = evaluate.single_frame(graph, test)
-    generator = cohort.phantom_of(o.task).generator("training")
-    found["pointing"] = evaluate.pointing(graph, head_of(o.out), test, o.task, generator)
-    found["gate_corrupted"] = evaluate.corruption_table(graph, choices, test)
+        if notes.get("fusion"):
+            found[name]["fused"] = evaluate.fused(notes["fusion"], recipe.covariates, choices, scores[name], data)
+    train, test = o.cohort("train"), o.cohort("test")
+    found["shortcut_auc"] = evaluate.shortcut(train, test).to_json()
+    if test.covariates.size:
+        found["covariates_auc"] = evaluate.covariates_alone(train, test).to_json()
+    found["single_input_auc"] = evaluate.single_input(graph, test)
+    if recipe.points:
+        found["pointing"] = evaluate.pointing(graph, head_of(o.out), test)
+    found["gate_corrupted"] = evaluate.corruption_table(recipe, graph, choices, test)
     if o.real:
-        found["gate_real"] = real.summary(real.examine(o.task, graph, choices, o.real))
+        found["gate_real"] = real.summary(real.examine(recipe, o.out, graph, choices, o.real))
     else:
-        found["gate_real"] = _notes(o).get("metrics", {}).get("gate_real", {})
+        found["gate_real"] = notes.get("metrics", {}).get("gate_real", {})
+    if o.readers is not None:
+        found["readers"] = evaluate.readers(o.readers, test, scores["test"].margin)
+    found |= gates.examine(o)
+    plots.draw(o.checkpoint, scores["test"].y, choices.probability(scores["test"].margin), found["test"])
+    package.write_json(o.checkpoint, "evaluation.json", found)
     _note(o, {"metrics": found})
     _finish(o)
     print(json.dumps(found, indent=2))
-    print(f"evaluate {o.task}: {time.monotonic() - started:.0f} s")
+    print(f"evaluate {o.task}: {time.monotonic() - started:.0f} s; plots in {o.checkpoint.name}/")
 
 
-def do_reproduce(o: Options) -> None:
-    """Everything, in order."""
-    for step in (do_fit, do_export, do_package, do_evaluate):
-        started = time.monotonic()
-        step(o)
-        print(f"reproduce {o.task}: {step.__name__[3:]} took {time.monotonic() - started:.0f} s", flush=True)
+def do_reproduce(o: Run) -> None:
+    """Everything, in order; for task "all" every task that comes with a training.yaml. Prints the cards' tables."""
+    tasks = [o.task]
+    if o.task == "all":
+        home = Path(__file__).parents[1]
+        tasks = sorted(p.parent.name for p in home.glob("*/training.yaml"))
+    whole = time.monotonic()
+    for task in tasks:
+        out = o.out if o.task != "all" else Path(__file__).parents[1] / task / "model"
+        one = replace(o, task=task, out=out)
+        for step in (do_fit, do_export, do_package, do_evaluate):
+            started = time.monotonic()
+            step(one)
+            print(f"reproduce {task}: {step.__name__[3:]} took {time.monotonic() - started:.0f} s", flush=True)
+    for task in tasks:
+        out = o.out if o.task != "all" else Path(__file__).parents[1] / task / "model"
+        print(f"\n{task}\n" + card.measured_of((out / "MODEL_CARD.md").read_text("utf-8")))
+    print(f"reproduce {o.task}: {time.monotonic() - whole:.0f} s in all")
 
 
 # --- the package on disk ---------------------------------------------------------------------------------------------
 
 
-def graph_of(folder: Path) -> Graph:
-    """The fp32 classifier of a package."""
-    return Graph(export.session(folder / "models" / "classifier" / "fp32.onnx"))
+def graph_of(folder: Path, model: str = "classifier") -> Graph:
+    """The fp32 graph of a model of a package."""
+    return Graph.of(folder / "models" / model / "fp32.onnx")
 
 
 def head_of(folder: Path) -> Any:
@@ -178,56 +151,52 @@ def choices_of(folder: Path) -> Choices:
         )  # fmt: skip
 
 
-def _finish(o: Options) -> None:
+def _finish(o: Run) -> None:
     """Card, metadata and manifest from what is known so far; the manifest last, since it lists the others."""
     notes, plan = _notes(o), o.plan
     content = _manifest(o, plan, notes)
     (o.out / "MODEL_CARD.md").write_text(card.text(content, notes, plan), "utf-8")
-    package.write_json(o.out, "metadata.json", card.metadata(content, notes))
+    package.write_json(o.out, "metadata.json", card.metadata(content, notes, plan))
     manifest = package.write_manifest(o.out, content)
     size = sum(entry.bytes for entry in manifest.files.values())
     print(f"package {o.task} {manifest.version}: {len(manifest.files)} files, {size / 1e6:.2f} MB in {o.out.name}/")
 
 
-def _manifest(o: Options, plan: dict[str, Any], notes: dict[str, Any]) -> dict[str, Any]:
-    engine: Any = cohort.engine_of(o.task)
-    chosen, about = notes["choices"], plan["package"]
+def _manifest(o: Run, plan: dict[str, Any], notes: dict[str, Any]) -> dict[str, Any]:
+    recipe, chosen, about = o.recipe, notes["choices"], plan["package"]
     vmin, vmax = notes["scale"]
+    data: dict[str, Any] = {"kind": "folder", "licence": plan["package"].get("data_licence", "the site's own")}
+    if o.folder is None:
+        data = {"kind": "phantom", "generator": f"engines/{o.task}/phantom.py", "cohorts": plan["cohorts"]}
     return {
         "schema": 1,
         "task": o.task,
         "version": about["version"],
         "algorithm": about["algorithm"],
-        "intended_use": "demonstration",
+        "intended_use": "demonstration" if o.folder is None else "research",
         "classes": about["classes"],
         "positive": about["positive"],
-        "models": {
-            "classifier": {"inputs": ["x"], "outputs": ["logits", "features"], "tolerance": dict(export.TOLERANCE)}
-        },
-        "inputs": [
-            {
-                "name": "x", "kind": "cine", "frames": len(engine.SECONDS_AFTER_ARRIVAL),
-                "size": list(engine.INPUT_SIZE), "channels": 1, "normalise": {"mean": engine.MEAN, "std": engine.STD},
-            }
-        ],
+        "models": recipe.models(o),
+        "inputs": recipe.inputs(),
         "calibration": chosen["calibration"],
         "decision": chosen["decision"],
-        "explain": {"model": "classifier", "method": "class activation map", "vmin": vmin, "vmax": vmax},
+        "explain": {"model": recipe.explained, "method": recipe.method, "vmin": vmin, "vmax": vmax},
         "ood": {"file": "ood.npz", "limit": chosen["ood_limit"], "quantile": 0.99},
+        **({"fusion": notes["fusion"]} if notes.get("fusion") else {}),
         "metrics": notes.get("metrics", {}),
         "provenance": {
-            "network": f"RepVGG-A0 topology, preset {o.preset}",
+            "network": f"{recipe.network_name}, preset {o.preset}",
             "parameters": notes["parameters"],
             "training": plan["presets"][o.preset],
-            "data": {"kind": "phantom", "generator": f"engines/{o.task}/phantom.py", "cohorts": plan["cohorts"]},
-            "fuse_error": notes["fuse_error"],
+            "data": data,
+            **{key: notes[key] for key in ("fuse_error", "more") if key in notes},
             "parity": notes["parity"],
             "torch": str(torch.__version__),
             "git": notes["git"],
             "created": notes["created"],
             "licence": "Apache-2.0",
         },
-    }  # fmt: skip
+    }
 
 
 def _chosen(choices: Choices) -> dict[str, Any]:
@@ -244,12 +213,12 @@ def _chosen(choices: Choices) -> dict[str, Any]:
     }
 
 
-def _notes(o: Options) -> dict[str, Any]:
+def _notes(o: Run) -> dict[str, Any]:
     path = o.checkpoint / f"notes-{o.out.name}.json"
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
-def _note(o: Options, more: dict[str, Any]) -> None:
+def _note(o: Run, more: dict[str, Any]) -> None:
     """What one verb leaves for the next."""
     notes = _notes(o) | {"git": _commit(), "created": datetime.date.today().isoformat()} | more
     o.checkpoint.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ pytest.importorskip("safetensors", reason="safetensors is not installed")
 
 from dicom_node.result import Refusal  # noqa: E402
 from engines.renal_ceus import phantom  # noqa: E402
-from engines.training import cohort, fit  # noqa: E402
+from engines.renal_ceus.recipe import RECIPE  # noqa: E402
+from engines.training import augment, cohort, fit  # noqa: E402
 from engines.training.stats import auc  # noqa: E402
 
 NANO = fit.Settings(seed=3, epochs=2, batch=16, frames_per_clip=2, learning_rate=5e-3, weight_decay=1e-3, localise=1.0)
@@ -71,7 +72,7 @@ def test_augmentation_moves_the_place_with_the_image() -> None:
     place = np.zeros((20, 28, 28), np.float32)
     x[:, :, 80:96, 120:136] = 3
     place[:, 10:12, 15:17] = 1
-    moved, where = fit.augment(x, place, rng)
+    moved, where = augment.stills(x, place, rng)
     for image, cells in zip(moved[:, 0], where, strict=True):
         coarse = image.reshape(28, 8, 28, 8).mean(axis=(1, 3))
         assert np.unravel_index(coarse.argmax(), (28, 28)) == np.unravel_index(cells.argmax(), (28, 28))
@@ -86,8 +87,8 @@ def _easy(first_seed: int, count: int) -> cohort.Cohort:
     settings["texture"]["core"] = 0.75
     done = []
     for seed in range(first_seed, first_seed + count):
-        found = cohort.prepare("renal_ceus", phantom.make(seed, seed % 2, settings, frames=18), "raw")
-        value = str(found) if isinstance(found, Refusal) else (found[0].x.astype(np.float16), found[1], found[2])
+        found = RECIPE.prepared(phantom.make(seed, seed % 2, settings, frames=18), "raw")
+        value = str(found) if isinstance(found, Refusal) else found
         done.append((seed, seed % 2, value))
     return cohort.from_arrays(cohort.arrays(done))
 
