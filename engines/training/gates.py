@@ -33,13 +33,13 @@ def examine(run: Run) -> dict[str, Any]:
 
 
 def permuted(run: Run) -> stats.Interval:
-    """AUC on true labels of the test cohort after a fit (preset `gate`) on permuted ones; DeLong 99 %."""
+    """AUC on true labels of the test cohort after a fit of the nano network (settings `gate`) on permuted ones; DeLong 99 %."""
     train, test = run.cohort("train"), run.cohort("test")
     rng = np.random.default_rng(0)
     shuffled = replace(train, y=rng.permutation(train.y), place=np.zeros_like(train.place))
     settings = fit.Settings(**run.plan["presets"]["gate"], threads=run.threads, device=run.device)
     folder = run.work / f"{run.task}-gate"
-    model = fit.fit(run.task, "gate", settings, shuffled, test.part(np.arange(min(100, len(test.y)))), folder)
+    model = fit.fit(run.task, "nano", settings, shuffled, test.part(np.arange(min(100, len(test.y)))), folder)
     return stats.delong(test.y, fit.clip_margins(model, test, run.device), 0.99)
 
 
