@@ -41,6 +41,8 @@ class RefusalCode(enum.StrEnum):
     NO_SUITABLE_IMAGE = "NO_SUITABLE_IMAGE"
     WRONG_VIEW = "WRONG_VIEW"
     ROI_REQUIRED = "ROI_REQUIRED"
+    ROI_AMBIGUOUS = "ROI_AMBIGUOUS"
+    ROI_UNREADABLE = "ROI_UNREADABLE"
     # predict: pixels
     PIXELS_UNDECODABLE = "PIXELS_UNDECODABLE"
     FRAME_TIME_INVALID = "FRAME_TIME_INVALID"
@@ -68,6 +70,8 @@ _SENTENCES: dict[RefusalCode, str] = {
     RefusalCode.NO_SUITABLE_IMAGE: "The study holds no image of the kind the engine needs.",
     RefusalCode.WRONG_VIEW: "The images are of a mode the engine was not made for, for example colour Doppler.",
     RefusalCode.ROI_REQUIRED: "The engine needs a region of interest and the study holds none.",
+    RefusalCode.ROI_AMBIGUOUS: "Several objects mark different regions on one image, and nothing says which holds.",
+    RefusalCode.ROI_UNREADABLE: "An object marks a region on these images that cannot be placed on them.",
     RefusalCode.PIXELS_UNDECODABLE: "The pixel data cannot be decoded.",
     RefusalCode.FRAME_TIME_INVALID: "The times of the frames are absent or implausible.",
     RefusalCode.CEUS_PANEL_AMBIGUOUS: "The contrast panel cannot be told from the B-mode panel.",

@@ -75,7 +75,8 @@ class PixelDecoder:
 def decode_file(
     path: Path, numbers: Sequence[int] | None = None, *, limits: Limits | None = None, notes: set[str] | None = None
 ) -> Iterator[NDArray[Any]]:
-    """Decode a Part 10 file, lazily. 8-bit grey, RGB and palettes come as uint8; deeper grey keeps its depth and sign.
+    """Decode a Part 10 file, lazily. Grey up to 8 bits, RGB and palettes come as uint8, single bits (SEG) as 0 and 1;
+    deeper grey keeps its depth and sign.
 
     Raises PixelsUndecodableError, at the first frame at the earliest; StoreError where the file system is to blame.
     """
@@ -152,7 +153,7 @@ class _Display:
         if image.photometric == "YBR_FULL_422":
             return codecs.Decoded(self._ybr_to_rgb(*split_422(data, image)), "RGB")
         order = "<" if self._stored.little_endian else ">"
-        samples = np.frombuffer(data, dtype=f"{order}u{image.bits_allocated // 8}")
+        samples = np.frombuffer(data, dtype=f"{order}u{max(image.bits_allocated, 8) // 8}")
         if image.samples == 1:
             return codecs.Decoded(samples.reshape(image.rows, image.columns), image.photometric)
         if image.planar == 1:

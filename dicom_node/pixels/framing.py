@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
@@ -73,8 +74,10 @@ class ImagePixel:
     def __post_init__(self) -> None:
         if not (0 < self.rows <= 65535 and 0 < self.columns <= 65535):
             raise UndecodableError("Rows or Columns is absent or zero")
-        if self.bits_allocated not in (8, 16, 32) or not 0 < self.bits_stored <= self.bits_allocated:
+        if self.bits_allocated not in (1, 8, 16, 32) or not 0 < self.bits_stored <= self.bits_allocated:
             raise UndecodableError("Bits Allocated and Bits Stored are not a depth this node decodes")
+        if self.bits_allocated == 1 and self.photometric != "MONOCHROME2":
+            raise UndecodableError("single-bit pixels are decoded as MONOCHROME2 only (PS3.3 A.51)")
         expected = 1 if self.photometric in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR") else 3
         if self.samples != expected:
             raise UndecodableError("Samples per Pixel does not fit Photometric Interpretation")
@@ -95,13 +98,25 @@ class Frames:
     """Number of Frames (0028,0008); where it differs, the pixel data is believed."""
     words_from: int | None = None
     """8-bit samples in OW of a big endian file: from here on the bytes of each pair are swapped (PS3.5 8.1.2)."""
+    packed: int | None = None
+    """Pixels of one frame where eight share a byte: frames follow without padding, so one may start inside a byte."""
 
     def read(self, file: BinaryIO, index: int) -> bytes:
-        """The bytes of one frame, its fragments joined."""
+        """The bytes of one frame, its fragments joined, its bits unpacked to bytes."""
         pieces = self.pieces[index]
         if self.words_from is not None:
-            return self._words(file, *pieces[0])
-        return self._piece(file, *pieces[0]) if len(pieces) == 1 else b"".join(self._piece(file, *p) for p in pieces)
+            data = self._words(file, *pieces[0])
+        elif len(pieces) == 1:
+            data = self._piece(file, *pieces[0])
+        else:
+            data = b"".join(self._piece(file, *p) for p in pieces)
+        return data if self.packed is None else self._bits(data, index * self.packed % 8, self.packed)
+
+    @staticmethod
+    def _bits(data: bytes, first: int, count: int) -> bytes:
+        """PS3.5 8.1.1, annex D: the first pixel lies in the least significant bit."""
+        bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+        return bits[first : first + count].tobytes()
 
     def _words(self, file: BinaryIO, offset: int, length: int) -> bytes:
         odd = (offset - (self.words_from or 0)) % 2  # a frame of odd length makes the next one start inside a word
@@ -157,7 +172,7 @@ def open_stored(file: BinaryIO, syntax: str, limits: Limits) -> Stored:
         _whole(dataset, "BitsStored", _whole(dataset, "BitsAllocated")),
         _whole(dataset, "PixelRepresentation") == 1,
     )
-    if image.rows * image.columns * image.samples * image.bits_allocated // 8 > limits.frame_bytes:
+    if image.rows * image.columns * image.samples * max(image.bits_allocated, 8) // 8 > limits.frame_bytes:
         raise UndecodableError("one frame is larger than this node decodes")
     implicit, little = dataset.original_encoding
     vr, length = _pixel_data(file, bool(implicit), bool(little))
@@ -167,8 +182,9 @@ def open_stored(file: BinaryIO, syntax: str, limits: Limits) -> Stored:
         frames = _encapsulated(file, claimed, limits)
     else:
         start = file.tell()
-        frames = _native(file, length, image, claimed, limits)
-        if vr == b"OW" and not little and image.bits_allocated == 8:
+        locate = _native_bits if image.bits_allocated == 1 else _native
+        frames = locate(file, length, image, claimed, limits)
+        if vr == b"OW" and not little and image.bits_allocated <= 8:
             frames = replace(frames, words_from=start)
     return Stored(syntax, bool(little), image, frames, dataset)
 
@@ -206,6 +222,20 @@ def _native(file: BinaryIO, length: int, image: ImagePixel, claimed: int, limits
     if count > limits.frames:
         raise UndecodableError("more frames than this node decodes")
     return Frames(tuple(((start + i * size, size),) for i in range(count)), claimed)
+
+
+def _native_bits(file: BinaryIO, length: int, image: ImagePixel, claimed: int, limits: Limits) -> Frames:
+    """Frames of packed bits (PS3.5 8.1.1). Number of Frames is believed: where frames have a few pixels only, padding
+    to an even length can hold a whole one."""
+    start = file.tell()
+    length = min(length, file.seek(0, 2) - start)
+    size = image.rows * image.columns
+    if length < (claimed * size + 7) // 8:
+        raise UndecodableError("the pixel data is shorter than its attributes say")
+    if claimed > limits.frames:
+        raise UndecodableError("more frames than this node decodes")
+    edges = ((i * size // 8, ((i + 1) * size + 7) // 8) for i in range(claimed))
+    return Frames(tuple(((start + a, b - a),) for a, b in edges), claimed, packed=size)
 
 
 def _encapsulated(file: BinaryIO, claimed: int, limits: Limits) -> Frames:

@@ -59,6 +59,8 @@ _REFUSALS: Final = {
     RefusalCode.NO_SUITABLE_IMAGE: ("NO-IMAGE", "No suitable image"),
     RefusalCode.WRONG_VIEW: ("WRONG-VIEW", "View or mode not suitable"),
     RefusalCode.ROI_REQUIRED: ("ROI-REQUIRED", "Region of interest required"),
+    RefusalCode.ROI_AMBIGUOUS: ("ROI-AMBIGUOUS", "Regions of interest disagree"),
+    RefusalCode.ROI_UNREADABLE: ("ROI-UNREADABLE", "Region of interest cannot be placed"),
     RefusalCode.PIXELS_UNDECODABLE: ("PIXELS-UNDECOD", "Pixel data cannot be decoded"),
     RefusalCode.FRAME_TIME_INVALID: ("FRAMETIME-BAD", "Frame times invalid"),
     RefusalCode.CEUS_PANEL_AMBIGUOUS: ("PANEL-AMBIG", "Contrast panel ambiguous"),
