@@ -13,6 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dicom_node import __version__
+from dicom_node import __version__, fusion
 from dicom_node.engine import Prediction, Selection, UnitPrediction
 from dicom_node.errors import StoreError, WorkerError
 from dicom_node.metrics import Recorder
-from dicom_node.packages import CodeEntry, Manifest, ModelPackage, Task
+from dicom_node.packages import CodeEntry, Decision, Manifest, ModelPackage, Task
 from dicom_node.result import (
     ArrayFile,
     ClinicalInput,
     Code,
     Finding,
+    Fusion,
     Heatmap,
     Provenance,
     Refusal,
@@ -74,7 +76,7 @@ def conclude(
     if not inside:
         return Refusal(RefusalCode.OUT_OF_DISTRIBUTION, _beyond(min(distances.values()), limit))
     with _Spool(spool).batch() as files:
-        findings = tuple(_finding(task, package, selection, unit, files) for unit in inside)
+        findings = tuple(_finding(task, package, selection, unit, clinical, files) for unit in inside)
     manifest = package.manifest
     provenance = Provenance(
         task=task.task,
@@ -142,14 +144,17 @@ def _promises(unit: UnitPrediction, selected: set[str], package: ModelPackage) -
         f"logits of shape {unit.logits.shape}, {(classes,)} expected": unit.logits.shape == (classes,),
         "the logits hold NaN or infinity": bool(np.isfinite(unit.logits).all()),
         f"feature maps of shape {maps.shape}, (n, {channels}, h, w) expected": (
-            maps.ndim == 4 and maps.shape[:2] == (n, channels) and maps.size > 0
+            maps.ndim in (4, 5)
+            and maps.shape[1] == channels
+            and maps.size > 0
+            and (unit.cam is not None or not unit.heatmap or maps.shape[0] == (n if maps.ndim == 4 else 1))
         ),
         "the feature maps hold NaN or infinity": bool(np.isfinite(maps).all()),
         f"frames of shape {frames.shape} and type {frames.dtype}, uint8 (n, H, W) or (n, H, W, 3) expected": (
-            grey_or_rgb and frames.dtype == np.uint8 and frames.shape[0] == n and frames.size > 0
+            not unit.heatmap or (grey_or_rgb and frames.dtype == np.uint8 and frames.shape[0] == n and frames.size > 0)
         ),
         f"a region of {x1 - x0 + 1} x {y1 - y0 + 1} pixels for frames of shape {frames.shape}": (
-            min(x0, y0) >= 0 and grey_or_rgb and frames.shape[1:3] == (y1 - y0 + 1, x1 - x0 + 1)
+            not unit.heatmap or (min(x0, y0) >= 0 and grey_or_rgb and frames.shape[1:3] == (y1 - y0 + 1, x1 - x0 + 1))
         ),
         "a frame of an instance that was not selected": {r.sop_instance_uid for r in unit.frame_refs} <= selected,
         "a map that is not finite, or not (n, h, w)": unit.cam is None
@@ -162,8 +167,9 @@ def _promises(unit: UnitPrediction, selected: set[str], package: ModelPackage) -
 
 
 def ood_distance(unit: UnitPrediction, package: ModelPackage) -> float:
-    """Mean over the frames of the squared Mahalanobis distance of the globally averaged features (`OodSpec`)."""
-    centred = unit.feature_maps.astype(np.float64).mean(axis=(2, 3)) - package.ood_mean
+    """Mean over the maps of the squared Mahalanobis distance of the spatially averaged features (`OodSpec`)."""
+    maps = unit.feature_maps
+    centred = maps.reshape(*maps.shape[:2], -1).mean(axis=2, dtype=np.float64) - package.ood_mean
     return float(np.einsum("ni,ij,nj->n", centred, package.ood_precision, centred).mean())
 
 
@@ -178,28 +184,35 @@ def probability(logits: Array, manifest: Manifest) -> float:
     return float(odds[manifest.classes.index(manifest.positive)] / odds.sum())
 
 
-def category(p: float, task: Task, manifest: Manifest) -> Code:
+def log_odds(logits: Array, manifest: Manifest) -> float:
+    """Calibrated log-odds of the positive class against the others together."""
+    scaled = logits.astype(np.float64) / manifest.calibration.T
+    positive = manifest.classes.index(manifest.positive)
+    return float(scaled[positive] - np.logaddexp.reduce(np.delete(scaled, positive)))
+
+
+def category(p: float, task: Task, decision: Decision) -> Code:
     """HIGH, LOW, or INDET inside the abstention band."""
-    band = manifest.decision.abstain
+    band = decision.abstain
     if band.lower <= p <= band.upper:
         return code(task.categories.indeterminate)
-    return code(task.categories.high if p >= manifest.decision.threshold else task.categories.low)
+    return code(task.categories.high if p >= decision.threshold else task.categories.low)
 
 
 # -- explanation
 
 
 def activation_map(features: Array, weights: Array, manifest: Manifest) -> NDArray[np.float32]:
-    """Analytic class activation map of a linear head on globally averaged features, (n, h, w), signed.
+    """Analytic class activation map of a linear head on globally averaged features (n, C, ...), signed: (n, ...).
 
-    d logit_c / d f = W[c] / Z with Z = h * w cells, so the gradient-weighted map (Grad-CAM before its ReLU) is exactly
+    d logit_c / d f = W[c] / Z with Z cells in a map, so the gradient-weighted map (Grad-CAM before its ReLU) is exactly
     sum_c (W[positive] - W[others]) f / Z (Zhou 2016; Selvaraju 2017, section 3).
     """
     positive = manifest.classes.index(manifest.positive)
     others = [k for k in range(len(manifest.classes)) if k != positive]
     direction = weights[positive] - weights[others].mean(axis=0)
-    cells = features.shape[2] * features.shape[3]
-    return np.asarray(np.einsum("c,nchw->nhw", direction, features.astype(np.float64)) / cells, np.float32)
+    cells = int(np.prod(features.shape[2:]))
+    return np.asarray(np.einsum("c,nc...->n...", direction, features.astype(np.float64)) / cells, np.float32)
 
 
 def upsample(maps: Array, height: int, width: int) -> NDArray[np.float32]:
@@ -211,13 +224,28 @@ def upsample(maps: Array, height: int, width: int) -> NDArray[np.float32]:
     return np.stack([ndimage.map_coordinates(maps[k].astype(np.float32), grid, order=1) for k in range(n)])
 
 
+def over_frames(volume: Array, n: int) -> NDArray[np.float32]:
+    """A map (d, h, w) whose depth spans n frames, linear between its cells: (n, h, w)."""
+    depth = volume.shape[0]
+    at = np.clip((np.arange(n) + 0.5) * depth / n - 0.5, 0, depth - 1)
+    low = np.floor(at).astype(int)
+    high, share = np.minimum(low + 1, depth - 1), (at - low)[:, None, None]
+    return np.asarray(volume[low] * (1 - share) + volume[high] * share, np.float32)
+
+
 # -- the result
 
 
-def _finding(task: Task, package: ModelPackage, selection: Selection, unit: UnitPrediction, files: _Spool) -> Finding:
-    manifest = package.manifest
-    p = probability(unit.logits, manifest)
+def _finding(
+    task: Task,
+    package: ModelPackage,
+    selection: Selection,
+    unit: UnitPrediction,
+    clinical: Mapping[str, ClinicalInput],
+    files: _Spool,
+) -> Finding:
     side, note = _side(task, selection, unit)
+    said = _score(task, package.manifest, unit, side, clinical)
     return Finding(
         tracking_identifier=unit.tracking_identifier,
         finding=code(task.finding),
@@ -225,12 +253,41 @@ def _finding(task: Task, package: ModelPackage, selection: Selection, unit: Unit
         laterality=SIDES.get(side),
         laterality_note="" if side else note,
         category_name=code(task.categories.name),
-        category=category(p, task, manifest),
-        scores=(Score(code(task.outcome), round(p, 4)),),
+        category=said.category,
+        scores=said.scores,
         sources=unit.frame_refs,
-        heatmap=_heatmap(task, package, unit, files),
+        heatmap=_heatmap(task, package, unit, files) if unit.heatmap else None,
         roi_source=unit.roi_source,
+        fusion=said.fusion,
+        notes=(*said.notes, *unit.notes),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What the numbers say of one unit."""
+
+    scores: tuple[Score, ...]
+    category: Code
+    fusion: Fusion | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _score(
+    task: Task, manifest: Manifest, unit: UnitPrediction, side: str, clinical: Mapping[str, ClinicalInput]
+) -> _Said:
+    """The image's score; with clinical values where the package fuses them and none is missing."""
+    p = probability(unit.logits, manifest)
+    if manifest.fusion is None:
+        return _Said((Score(code(task.outcome), round(p, 4)),), category(p, task, manifest.decision))
+    image = Score(code(task.image_outcome or task.outcome), round(p, 4))
+    fused = fusion.fuse(manifest.fusion, task, log_odds(unit.logits, manifest), side, clinical)
+    if isinstance(fused, str):
+        return _Said((image,), category(p, task, manifest.decision), notes=(fused,))
+    together = Score(
+        code(task.outcome), round(fused.probability, 4), low=round(fused.low, 4), high=round(fused.high, 4)
+    )
+    return _Said((together, image), category(fused.probability, task, manifest.fusion.decision), fused)
 
 
 def _side(task: Task, selection: Selection, unit: UnitPrediction) -> tuple[str, str]:
@@ -247,6 +304,8 @@ def _heatmap(task: Task, package: ModelPackage, unit: UnitPrediction, files: _Sp
     maps = unit.cam
     if maps is None:
         maps = activation_map(unit.feature_maps, package.head_weights, package.manifest)
+        if maps.ndim == 4:
+            maps = over_frames(maps[0], len(unit.frame_refs))
     height, width = unit.frames.shape[1:3]
     return Heatmap(
         method=explain.method,
@@ -271,6 +330,7 @@ def _parameters(
         "abstention band": f"{decision.abstain.lower:.4f} to {decision.abstain.upper:.4f}",
         "calibration": f"{manifest.calibration.method}, T = {manifest.calibration.T:g}",
         "out-of-distribution limit": f"{limit:.2f}",
+        **_fusion_parameters(manifest),
         "node version": __version__,
     }
     for unit in prediction.units:
@@ -286,6 +346,17 @@ def _parameters(
             own[f"{name}: side"] = note
     theirs = {str(key): str(value) for key, value in {**selection.parameters, **prediction.parameters}.items()}
     return own | {key: value for key, value in theirs.items() if key not in own}
+
+
+def _fusion_parameters(manifest: Manifest) -> dict[str, str]:
+    if manifest.fusion is None:
+        return {}
+    spec, band = manifest.fusion, manifest.fusion.decision.abstain
+    return {
+        "fusion": f"logistic on {', '.join(t.name for t in spec.terms)}; fitted on {spec.fitted_on}, n = {spec.n}",
+        "fusion threshold": f"{spec.decision.threshold:.4f} ({spec.decision.rule})",
+        "fusion abstention band": f"{band.lower:.4f} to {band.upper:.4f}",
+    }
 
 
 def code(entry: CodeEntry) -> Code:

@@ -11,78 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_engine
+from decided import TASK, UID, conclude, instance, manifest, package, result, selection, unit
 from numpy.typing import NDArray
 
 from dicom_node import decide
 from dicom_node.engine import Prediction, Selection, UnitPrediction
 from dicom_node.errors import StoreError, WorkerError
-from dicom_node.metrics import Metrics, NullRecorder
-from dicom_node.packages import Manifest, ModelPackage, Task
+from dicom_node.metrics import Metrics
+from dicom_node.packages import ModelPackage
 from dicom_node.result import ClinicalInput, Code, FrameRef, Refusal, RefusalCode, Result, result_from_json
-from dicom_node.study import Header, Instance
-
-TASK = Task.model_validate(tiny_engine.TASK)
-UID = "1.2.3.4"
-
-
-def manifest(**changes: Any) -> Manifest:
-    files = {
-        name: {"sha256": "0" * 64, "bytes": 1}
-        for name in (
-            "models/classifier/fp32.onnx",
-            "head.npz",
-            "ood.npz",
-            "golden.npz",
-            "MODEL_CARD.md",
-            "metadata.json",
-        )
-    }
-    return Manifest.model_validate(tiny_engine.MANIFEST | {"files": files} | changes)
-
-
-def package(digest: str = "d" * 64, **changes: Any) -> ModelPackage:
-    head, ood = (tiny_engine.arrays()[name] for name in ("head", "ood"))
-    weights, bias = head["W"].astype(float), head["b"].astype(float)
-    return ModelPackage(Path("nowhere"), manifest(**changes), digest, weights, bias, ood["mean"], ood["precision"], {})
-
-
-def instance(uid: str = UID, **changes: Any) -> Instance:
-    made = Instance("0" * 32, Header({"SOPInstanceUID": uid}), "1.2", "a" * 64, Path("p"), "A", "B", "h", "x", 1.0)
-    return replace(made, **changes)
-
-
-def selection(*instances: Instance, **changes: Any) -> Selection:
-    return replace(Selection(instances or (instance(),), "R", "", {"clips": "1"}, {"first": 3}), **changes)
-
-
-def unit(name: str = "Lesion 1", logits: Any = (-1.0, 1.0), level: float = 1.0, **changes: Any) -> UnitPrediction:
-    rng = np.random.default_rng(3)
-    made: dict[str, Any] = {
-        "tracking_identifier": name,
-        "logits": np.array(logits, np.float32),
-        "feature_maps": (rng.random((2, 3, 4, 5)) * level).astype(np.float32),
-        "frames": rng.integers(0, 255, (2, 40, 60)).astype(np.uint8),
-        "frame_refs": tuple(FrameRef("1.2.840", UID, n, 9) for n in (4, 7)),
-        "region": (10, 20, 69, 59),
-    }
-    return UnitPrediction(**(made | changes))
-
-
-def conclude(
-    tmp_path: Path, *units: UnitPrediction, recorder: Any = None, task: Task = TASK, **how: Any
-) -> Result | Refusal:
-    return decide.conclude(
-        "tiny-route", task, how.get("package", package()), how.get("selection", selection()),
-        Prediction(units or (unit(),), how.get("parameters", {})), how.get("clinical", {}),
-        spool=tmp_path, backend="onnx", precision="fp32", seconds=0.25, recorder=recorder or NullRecorder(),
-    )  # fmt: skip
-
-
-def result(tmp_path: Path, *units: UnitPrediction, **how: Any) -> Result:
-    concluded = conclude(tmp_path, *units, **how)
-    assert isinstance(concluded, Result), concluded
-    return concluded
-
 
 # -- faults are not refusals
 
@@ -177,12 +114,12 @@ def test_probability_is_the_softmax_of_the_tempered_logits() -> None:
     [(0.0, "LOW"), (0.4499, "LOW"), (0.45, "INDET"), (0.5, "INDET"), (0.55, "INDET"), (0.5501, "HIGH"), (1.0, "HIGH")],
 )
 def test_inside_the_band_the_node_abstains(p: float, said: str) -> None:
-    assert decide.category(p, TASK, manifest()).value == said
+    assert decide.category(p, TASK, manifest().decision).value == said
 
 
 def test_without_a_band_the_threshold_decides() -> None:
     narrow = manifest(decision={"threshold": 0.6, "rule": "fixed", "abstain": {"lower": 0.6, "upper": 0.6}})
-    assert [decide.category(p, TASK, narrow).value for p in (0.5999, 0.6001)] == ["LOW", "HIGH"]
+    assert [decide.category(p, TASK, narrow.decision).value for p in (0.5999, 0.6001)] == ["LOW", "HIGH"]
 
 
 # -- the map
@@ -360,3 +297,36 @@ def test_the_order_of_arrival_does_not_count_and_clinical_values_do() -> None:
 def test_values_that_are_not_plain_have_no_stable_digest_and_are_a_fault() -> None:
     with pytest.raises(WorkerError, match="plain values"):
         digest(selection(extra={"array": np.zeros(3)}))
+
+
+# -- volumes, and units that sum up others
+
+
+def test_a_volume_of_features_is_gated_as_a_whole_and_its_map_spans_the_frames(tmp_path: Path) -> None:
+    """Depth 2 over 4 frames: the first frame shows the first cell, the last the last, those between lie between."""
+    features = np.zeros((1, 3, 2, 2, 2), np.float32)
+    features[0, 0, 0], features[0, 0, 1] = 1, 3
+    frames = np.zeros((4, 8, 8), np.uint8)
+    refs = tuple(FrameRef("1.2.840", UID, n, 9) for n in (1, 2, 3, 4))
+    u = unit(feature_maps=features, frames=frames, frame_refs=refs, region=(0, 0, 7, 7))
+    pooled = np.array([2.0, 0, 0]) - package().ood_mean
+    assert decide.ood_distance(u, package()) == pytest.approx(pooled @ package().ood_precision @ pooled)
+    (found,) = result(tmp_path, u, package=package(ood={"limit": 1e9})).findings
+    assert found.heatmap is not None
+    painted = np.load(tmp_path / found.heatmap.map.name)
+    assert painted.shape == (4, 8, 8)
+    shares = painted[:, 0, 0] / painted[0, 0, 0]
+    assert shares == pytest.approx([1, 1.5, 2.5, 3])
+
+
+def test_a_volume_must_be_one(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="feature maps of shape"):
+        result(tmp_path, unit(feature_maps=np.zeros((2, 3, 2, 4, 5), np.float32)))
+
+
+def test_a_unit_that_sums_up_others_has_a_score_and_no_picture(tmp_path: Path) -> None:
+    both = unit("Patient", heatmap=False, frames=np.zeros((0, 1, 1), np.uint8), notes=("mean of both sides",))
+    found = result(tmp_path, unit("Right testis"), both).findings
+    assert found[0].heatmap is not None
+    assert found[1].heatmap is None
+    assert found[1].notes == ("mean of both sides",)

@@ -17,12 +17,22 @@ from dicom_node.packages.load import (
     load_task,
     task_of,
 )
-from dicom_node.packages.schema import Categories, ClinicalEntry, CodeEntry, FusionSpec, FusionTermSpec, Manifest, Task
+from dicom_node.packages.schema import (
+    Categories,
+    ClinicalEntry,
+    CodeEntry,
+    Decision,
+    FusionSpec,
+    FusionTermSpec,
+    Manifest,
+    Task,
+)
 
 __all__ = [
     "Categories",
     "ClinicalEntry",
     "CodeEntry",
+    "Decision",
     "FusionSpec",
     "FusionTermSpec",
     "Manifest",
