@@ -35,9 +35,7 @@ Box: TypeAlias = tuple[int, int, int, int]
 NAMES = {"R": "Right testis", "L": "Left testis"}
 
 _STILL = {"1.2.840.10008.5.1.4.1.1.6.1", "1.2.840.10008.5.1.4.1.1.6"}  # US Image and its retired form
-_REGIONS = {"SEG", "RTSTRUCT", "SR", "PR"}
-"""Modality of objects that may hold a region of interest."""
-_TRUST = ("SEG", "RTSTRUCT", "SR", "GSPS", "auto")
+_TRUST = (*roi.TRUST, "auto")
 _OTHER_ORGAN = re.compile(
     r"kidney|renal|liver|thyroid|breast|bladder|prostate|neck|heart|carotid|penis|groin|inguinal|hernia|appendix"
 )
@@ -75,10 +73,9 @@ def select(study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | R
     for number, instance in enumerate((i for i in sorted(grey, key=_acquired) if i not in known), start=1):
         side, note = sided[instance.sop_instance_uid]
         parameters[f"still not used {number}"] = "the image shows both sides" if side else f"side unknown, {note}"
-    regions = [i for i in study.instances if i.header.text("Modality") in _REGIONS]
     sides = {sided[i.sop_instance_uid][0] for i in known}
     side = next(iter(sides)) if len(sides) == 1 else "B"
-    return Selection((*known, *regions), side, "", parameters)
+    return Selection((*known, *roi.marking(study, known)), side, "", parameters)
 
 
 def _is_still(instance: Instance) -> bool:
@@ -170,12 +167,15 @@ def _drawn(side: str, instance: Instance, study: Study, pixels: PixelReader) -> 
     found = roi.planar_rois(study, instance, pixels)
     if isinstance(found, Refusal):
         return found
-    mine = [r for r in found if r.laterality in ("", side)]
+    organs = [r for r in found if r.structure != "lesion"]
+    mine = [r for r in organs if r.laterality in ("", side)]
     if len(mine) == 1:
         return mine[0]
     if mine:
         return Refusal(RefusalCode.ROI_REQUIRED, f"{len(mine)} regions on one still: which is the testis is not said")
-    return Refusal(RefusalCode.ROI_REQUIRED, "the region is of the other side than the still") if found else None
+    if organs:
+        return Refusal(RefusalCode.ROI_REQUIRED, "the region is of the other side than the still")
+    return None
 
 
 def _located(instance: Instance, pixels: PixelReader, run: RunModel) -> Box | Refusal:

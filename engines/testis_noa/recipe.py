@@ -74,7 +74,7 @@ class TestisNoa(Recipe):
         nuisance = np.concatenate([image_statistics(found.crops.astype(np.float64) / 255), metadata])
         return Sample(
             found.x, np.asarray(place, np.float32), nuisance, np.array(patient.covariates(still.side)),
-            {"strength": np.array(still.strength)},
+            {"strength": np.array(still.strength), **_for_locator(still, image)},
         )  # fmt: skip
 
     # -- training
@@ -142,6 +142,14 @@ def temperature(y: NDArray[np.int64], margin: NDArray[np.float64]) -> float:
     """T of a fold's network, as the package's own: never below 1, and 1 where it does not help."""
     t = max(1.0, stats.temperature(y, margin))
     return t if stats.nll(y, margin / t) < stats.nll(y, margin) else 1.0
+
+
+def _for_locator(still: phantom.Still, image: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """What the locator sees of a still, and where the testis lies on its grid."""
+    x0, y0, x1, y1 = still.region
+    x = engine.locator_input(image[y0 : y1 + 1, x0 : x1 + 1])[0]
+    mask = resize(still.mask[y0 : y1 + 1, x0 : x1 + 1].astype(np.float32), engine.LOCATOR_SIZE)
+    return {"locator_x": x.astype(np.float16), "locator_mask": mask > 0.5}
 
 
 def reader_box(seed: int, still: phantom.Still) -> engine.Box:

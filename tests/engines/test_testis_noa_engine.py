@@ -277,6 +277,21 @@ def test_a_region_of_the_other_side_is_not_used(
     assert not run.seen["classifier"]
 
 
+def test_the_region_of_a_lesion_is_not_taken_for_the_testis(
+    files: Files, tmp_path: Path, instance_of: MakeInstance, study_of: MakeStudy
+) -> None:
+    def lesion(ds: Dataset) -> None:
+        segment = ds.SegmentSequence[0]
+        category = segment.SegmentedPropertyCategoryCodeSequence[0]
+        category.CodeValue, category.CodeMeaning = "49755003", "Morphologically Altered Structure"
+
+    still = phantom.make(5, 1).stills[0]
+    seg = instance_of(_seg(files, tmp_path, lesion))
+    answer = _predict(study_of(instance_of(files["us-1"]), seg), Models(_located(still)))
+    assert isinstance(answer, Prediction)
+    assert answer.units[0].roi_source == "auto"
+
+
 def test_a_still_without_a_stated_image_region_is_not_used(study: Callable[..., Study]) -> None:
     """Nobody could say where the banner with the patient's name begins."""
     answer = _predict(
