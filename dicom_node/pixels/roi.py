@@ -21,10 +21,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dicom_node.pixels import roi_place, roi_seg
+from dicom_node.pixels import roi_annotations, roi_contours, roi_place, roi_seg
 from dicom_node.pixels.roi_model import Contour, FrameReader, Region, UnreadableError
 from dicom_node.result import Refusal, RefusalCode
-from dicom_node.study import Instance, Study, is_own_output
+from dicom_node.study import Header, Instance, Study, is_own_output
 
 TRUST: Final = ("SEG", "RTSTRUCT", "SR", "GSPS")
 """Kinds of region objects, the most trusted first."""
@@ -175,19 +175,44 @@ def _trusted(
 
 
 def _regions(study: Study, kind: str) -> Iterator[Region]:
-    for instance in study.instances:
-        if is_own_output(instance.header):
-            continue
-        if kind == "SEG" and instance.sop_class_uid in roi_seg.CLASSES:
-            yield from roi_seg.regions(instance)
+    foreign = [i for i in study.instances if not is_own_output(i.header)]
+    replaced = {uid for i in foreign for uid in _predecessors(i.header)}
+    for instance in foreign:
+        if instance.sop_instance_uid not in replaced and _kind(instance.sop_class_uid) == kind:
+            yield from _READERS[kind](instance)
+
+
+_READERS: Final[Mapping[str, Callable[[Instance], Iterator[Region]]]] = {
+    "SEG": roi_seg.regions,
+    "RTSTRUCT": roi_contours.regions,
+    "SR": roi_annotations.report_regions,
+    "GSPS": roi_annotations.presentation_regions,
+}
+
+
+def _kind(sop_class_uid: str) -> str:
+    if sop_class_uid in roi_seg.CLASSES:
+        return "SEG"
+    if sop_class_uid == roi_contours.RT_STRUCTURE_SET:
+        return "RTSTRUCT"
+    if sop_class_uid.startswith(roi_annotations.REPORTS) and sop_class_uid != roi_annotations.KEY_OBJECTS:
+        return "SR"
+    return "GSPS" if sop_class_uid.startswith(roi_annotations.PRESENTATION_STATES) else ""
+
+
+def _predecessors(header: Header) -> Iterator[str]:
+    """Documents that this one says it replaces (PS3.3 C.17.2)."""
+    for document in header.items_of("PredecessorDocumentsSequence"):
+        for series in document.items_of("ReferencedSeriesSequence"):
+            yield from (i.text("ReferencedSOPInstanceUID") for i in series.items_of("ReferencedSOPSequence"))
 
 
 def _concerns(region: Region, uids: frozenset[str], frame_of_reference: str) -> bool:
-    """Refers to one of the images, or lies in their frame of reference."""
-    if region.refers & uids:
-        return True
-    in_patient = any(isinstance(d, Contour) or getattr(d, "plane", None) is not None for d in region.drawings)
-    return in_patient and bool(frame_of_reference) and region.frame_of_reference == frame_of_reference
+    """Refers to one of the images, or lies in their frame of reference; never one that lies in another."""
+    located = any(isinstance(d, Contour) or getattr(d, "plane", None) is not None for d in region.drawings)
+    if (located or region.defect) and frame_of_reference and region.frame_of_reference:
+        return region.frame_of_reference == frame_of_reference
+    return bool(region.refers & uids)
 
 
 def _numbers(every: Sequence[Region]) -> list[int]:

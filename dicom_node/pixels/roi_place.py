@@ -84,6 +84,9 @@ def on_image(region: Region, instance: Instance, pixels: FrameReader) -> dict[in
                 mask = on_grid(region, Grid.of(plane, rows, columns), {}, pixels)[0]
                 if mask.any():
                     found[frame] = mask
+    in_patient = any(isinstance(d, Contour) for d in region.drawings)
+    if in_patient and instance.sop_instance_uid in region.refers and not any(planes(instance.header)):
+        raise UnreadableError("its contours are in mm of the patient, and the image has no place there")
     return dict(sorted(found.items()))
 
 

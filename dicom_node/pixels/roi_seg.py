@@ -38,8 +38,8 @@ def regions(instance: Instance) -> Iterator[Region]:
     groups = header.items_of("PerFrameFunctionalGroupsSequence")
     shared = next(iter(header.items_of("SharedFunctionalGroupsSequence")), Header({}))
     where = planes(header) if not defect else []
-    for frame, group in enumerate(groups if not defect else (), start=1):
-        raster = Raster(frame, _derived(group, shared), where[frame - 1])
+    for frame, group in enumerate(groups, start=1):
+        raster = Raster(frame, _derived(group, shared), where[frame - 1] if not defect else None)
         for number in _numbers(group, shared, header):
             by_segment.setdefault(number, []).append(raster)
     for segment in sorted(header.items_of("SegmentSequence"), key=lambda s: s.number("SegmentNumber") or 0.0):
@@ -56,7 +56,7 @@ def _region(
     header = instance.header
     number = int(segment.number("SegmentNumber") or 0)
     rasters = by_segment.get(number, [])
-    if not merged(rasters):
+    if not defect and not merged(rasters):
         rasters, why = _by_object(rasters, whole)
         defect = defect or why
     fractional = header.text("SegmentationType") == "FRACTIONAL"
