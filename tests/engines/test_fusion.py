@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+import yaml
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from dicom_node.packages.schema import FusionSpec
+from dicom_node.fusion import fuse
+from dicom_node.packages.schema import FusionSpec, Task
+from dicom_node.result import ClinicalInput, Code, Fusion
 from engines.training import stats
 from engines.training.fusion import Term, apply_fusion, fit_fusion, probabilities
 from engines.training.labsr import LabValue, write_lab_sr
 
+ROOT = Path(__file__).parents[2]
 TERMS = (Term("FSH", "log"), Term("VOLUME"))
 
 
@@ -156,6 +160,52 @@ def test_in_sample_log_odds_make_the_nomogram_over_trust_the_image() -> None:
         loss[name] = stats.nll(new_y, np.log(p / (1 - p)))
     assert trust["inside"] > 2 * trust["outside"]
     assert loss["inside"] > loss["outside"] + 0.3
+
+
+# --- the node's own arithmetic ---------------------------------------------------------------------------------------
+
+
+def _node(values: dict[str, float], side: str, margin: float = 0.7) -> Fusion | str:
+    spec = FusionSpec.model_validate(_azoospermia())
+    task = Task.model_validate(yaml.safe_load((ROOT / "engines/testis_noa/engine.yaml").read_text("utf-8")))
+    clinical = {}
+    for key, value in values.items():
+        name, _, lateral = key.partition(" ")
+        clinical[key] = ClinicalInput(name, Code("x", "LN", "x"), value, "1", "", "test", lateral)
+    return fuse(spec, task, margin, side, clinical)
+
+
+def _azoospermia() -> dict[str, Any]:
+    rng = np.random.default_rng(7)
+    y = (np.arange(300) % 2).astype(np.int64)
+    blood = np.exp(rng.normal(np.outer(y, [0.6, -0.2, -0.3]) + np.array([1.8, 2.6, 1.1]), 0.4))
+    terms = (Term("FSH", "log"), Term("TESTICULAR_VOLUME"), Term("EDV"))
+    return fit_fusion(rng.normal(2.0 * y - 1, 1.5), blood, y, terms)
+
+
+def test_the_node_computes_what_the_training_side_computes() -> None:
+    values = {"FSH": 9.0, "TESTICULAR_VOLUME R": 10.0, "TESTICULAR_VOLUME L": 14.0, "EDV R": 2.0, "EDV L": 3.0}
+    for side, volume, edv in (("R", 10.0, 2.0), ("L", 14.0, 3.0), ("B", 12.0, 2.5)):
+        found = _node(values, side)
+        assert isinstance(found, Fusion)
+        expected = apply_fusion(_azoospermia(), 0.7, {"FSH": 9.0, "TESTICULAR_VOLUME": volume, "EDV": edv})
+        assert (found.probability, found.low, found.high) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("values", "side", "missing"),
+    [
+        ({"TESTICULAR_VOLUME R": 10.0, "EDV R": 2.0}, "R", "FSH"),
+        ({"FSH": 9.0, "TESTICULAR_VOLUME L": 10.0, "EDV R": 2.0}, "R", "TESTICULAR_VOLUME (right)"),
+        ({"FSH": 9.0, "TESTICULAR_VOLUME R": 10.0, "TESTICULAR_VOLUME L": 9.0, "EDV R": 2.0}, "B", "EDV"),
+    ],
+)
+def test_the_node_computes_nothing_where_a_value_is_missing(values: dict[str, float], side: str, missing: str) -> None:
+    """The value of the other side, or of one side for both, is no substitute."""
+    found = _node(values, side)
+    assert isinstance(found, str)
+    assert "not computed" in found
+    assert missing in found
 
 
 # --- clinical values as a report -------------------------------------------------------------------------------------
