@@ -48,9 +48,6 @@ _ULTRASOUND = {  # US Image, US Multi-frame Image and the retired forms
     "1.2.840.10008.5.1.4.1.1.3",
 }  # fmt: skip
 
-_REGIONS = ("SEG", "RTSTRUCT", "SR", "PR")
-"""Modalities of objects that may mark a region of interest."""
-
 # --- the feature vector: every column of the graph's input, in this order -------------------------------------------
 
 _INTENSITY = (  # IBSI 3.3, not discretised
@@ -115,7 +112,7 @@ def select(study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | R
     scaled = [i for i in grey if _panel(i) is not None]
     if not scaled:
         return Refusal(RefusalCode.NO_SUITABLE_IMAGE, "no 2D tissue region with a physical pixel spacing")
-    markers = [i for i in study.instances if i.header.text("Modality") in _REGIONS]
+    markers = roi.marking(study, scaled)
     sides = {ultrasound.laterality(i.header) for i in scaled}
     side, note = next(iter(sides)) if len({s for s, _ in sides}) == 1 else ("", "the images show different sides")
     told = {"B-mode images": str(len(scaled)), "region objects": str(len(markers))}
@@ -152,7 +149,7 @@ def predict(selection: Selection, pixels: PixelReader, run: RunModel) -> Predict
         found = roi.planar_rois(study, instance, pixels)
         if isinstance(found, Refusal):
             return found
-        marked += [_marked(instance, region) for region in found]
+        marked += [_marked(instance, region) for region in found if region.structure != "organ"]
     if not marked:
         marked = list(_located(pictures, pixels, run))
     if not marked:
@@ -373,13 +370,13 @@ def sensitivity(fine: Image, inside: NDArray[np.bool_], margin: float, run: RunM
 def _windows(inside: NDArray[np.bool_]) -> list[tuple[slice, slice]]:
     """Overlapping squares whose centre lies in the region, at most `MAX_WINDOWS`."""
     area = int(inside.sum())
-    most = int(np.clip(MAX_WINDOWS * MAP_PIXELS / area, MAX_WINDOWS / 4, MAX_WINDOWS))
+    most = int(np.clip(MAX_WINDOWS * MAP_PIXELS / area, MAX_WINDOWS / 10, MAX_WINDOWS))
     step = max(8, math.ceil(math.sqrt(area / most)))
     while True:
         half = round(0.75 * step)
         rows, columns = (np.arange(step // 2, n, step) for n in inside.shape)
         centres = [(int(r), int(c)) for r in rows for c in columns if inside[r, c]]
-        if 0 < len(centres) <= MAX_WINDOWS:
+        if 0 < len(centres) <= most:
             break
         step = step + 1 if centres else max(step // 2, 1)
     return [(slice(max(r - half, 0), r + half), slice(max(c - half, 0), c + half)) for r, c in centres]

@@ -55,7 +55,7 @@ class Still:
     roi: NDArray[np.bool_]
     """As drawn by hand, on the panel."""
     signal: NDArray[np.float32]
-    """Share of planted texture per pixel of the panel, inside the tumour; zero for label 0."""
+    """1 where a cyst or a calcified focus was planted in the tumour, on the panel; zero for label 0."""
     sharp: NDArray[np.uint8] | None
     """(2H, 2W) the panel through a good probe, where it was asked for."""
     blood: dict[str, float]
@@ -124,6 +124,7 @@ class _Scene:
         anatomy, planted = np.random.default_rng([seed, 2]), np.random.default_rng([seed, 4])
         self._noise, self._hand = np.random.default_rng([seed, 3]), np.random.default_rng([seed, 6])
         self._shape(anatomy)
+        self.signal = np.zeros(PANEL, np.float32)
         decibels = self._tissue(anatomy) + self._patches(planted)
         amplitude = 10 ** (_twice(decibels) / 20)
         amplitude *= self._holes(planted)
@@ -139,7 +140,7 @@ class _Scene:
         at = centre + np.array([rng.uniform(-0.3, 0.3) * axes[0], rng.uniform(-0.45, 0.45) * axes[1]])
         size = (n["tumour_mm"] * n["tumour_aspect"] / mm, n["tumour_mm"] / n["tumour_aspect"] / mm)
         plain = np.sqrt(physics.ellipse(PANEL, tuple(at), size, rng.uniform(0, np.pi)))
-        wave = physics.smooth_field(rng, PANEL, 2.2 / mm)
+        wave = physics.smooth_field(rng, PANEL, 2.2 / mm).clip(-2, 2)
         self.distance = np.asarray(plain * (1 + np.float32(n["lobes"]) * wave), np.float32)
         self.inside = physics.soft(self.distance**2, 0.03)
         reach = np.abs(np.indices(PANEL) - at[:, None, None]).max(axis=0) * mm
@@ -176,7 +177,6 @@ class _Scene:
     def _patches(self, rng: np.random.Generator) -> Field:
         g = self.g
         field = physics.smooth_field(rng, PANEL, self.t["patch_mm"] / self.mm)
-        self.signal = np.asarray(self.inside * min(g["patch_db"] / 4.0, 1.0) * 0.5, np.float32)
         stray = physics.smooth_field(rng, PANEL, self.t["patch_mm"] / self.mm) * self.n["stray_patch_db"] * self.around
         level = (self.n["stray_level_db"] + g["beside_level_db"]) * self.beside
         own = field * (g["patch_db"] * self.inside + g["beside_patch_db"] * self.beside) + level
@@ -257,7 +257,8 @@ class _Scene:
     def roi(self) -> NDArray[np.bool_]:
         """The outline as a hand draws it: a little outside, a little unsteady."""
         edge = ndimage.distance_transform_edt(self.distance >= 1) - ndimage.distance_transform_edt(self.distance < 1)
-        unsteady = self.n["roi_wobble_mm"] * physics.smooth_field(self._hand, PANEL, 3.0 / self.mm)
+        wave = physics.smooth_field(self._hand, PANEL, 3.0 / self.mm).clip(-2, 2)
+        unsteady = self.n["roi_wobble_mm"] * wave
         return np.asarray(edge * self.mm < self.n["roi_mm"] + unsteady, np.bool_)
 
 

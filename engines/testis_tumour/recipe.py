@@ -77,6 +77,7 @@ class TestisTumour(Recipe):
             native,
             nuisance,
             np.array([made.blood[name] for name in phantom.MARKERS]),
+            _for_locator(made),
         )
 
     def sources(self) -> list[Path]:
@@ -112,7 +113,7 @@ class TestisTumour(Recipe):
 
         torch.set_num_threads(run.threads)
         upscale = superres.load(self.network(run.preset), run.checkpoint)
-        tiles = run.cohort("validation").x[:3, 0, :1].astype(np.float32) / 255
+        tiles = run.cohort("validation").x[:3, 0, :1].astype(np.float32) / np.float32(255)
         graphs = export.export(upscale, tiles[:2], ("y",), run.out / "models/superres")
         parity = {f"superres {k}": v for k, v in export.parity(upscale, graphs, tiles).items()}
         chosen = _signature(run)
@@ -158,7 +159,7 @@ class TestisTumour(Recipe):
         chain = self.graph(run.out)
         x = run.cohort("validation").x[:4, 0]
         table = chain.features(x)
-        tiles = x[:2, :1].astype(np.float32) / 255
+        tiles = x[:2, :1].astype(np.float32) / np.float32(255)
         cases = {"superres.x": tiles, **{f"superres.{k}": v for k, v in chain.model("superres", {"x": tiles}).items()}}
         scored = chain.model("radiomics", {"x": table})
         return {**cases, "radiomics.x": table, **{f"radiomics.{k}": v for k, v in scored.items()}}
@@ -183,6 +184,14 @@ class TestisTumour(Recipe):
         return np.stack([graph.map(one) for one in held.x[held.y == 1][:MAPS, 0]])
 
     # -- evaluation
+
+    def measured(self, run: Run) -> dict[str, Any]:
+        """Figures beside the common ones, under the names the card knows."""
+        from engines.testis_tumour import measure
+
+        with np.load(run.checkpoint / "features.npz") as kept:
+            table = kept["x"]
+        return measure.measured(run, self.graph(run.out), _signature(run), table)
 
     def image_input(self, grey: list[NDArray[np.uint8]]) -> NDArray[np.float32] | None:
         from engines.testis_tumour.chain import middle
@@ -239,8 +248,16 @@ def _window(image: NDArray[Any], made: phantom.Still, found: engine.Prepared, fi
 
 
 def _on_panel(signal: NDArray[np.float32], made: phantom.Still, found: engine.Prepared) -> NDArray[np.float32]:
-    """The planted signal on a grid of 32 cells a side."""
-    return resize(_window(signal, made, found), (32, 32))
+    """The planted signal on a grid of 64 cells of 0.4 mm a side."""
+    return resize(_window(signal, made, found), (64, 64))
+
+
+def _for_locator(made: phantom.Still) -> dict[str, NDArray[np.float16]]:
+    """The whole panel and the tumour on the locator's grid."""
+    x0, y0, x1, y1 = made.region
+    seen = engine.locator_input(made.picture[y0 : y1 + 1, x0 : x1 + 1])[0]
+    mask = resize(made.tumour.astype(np.float32), engine.LOCATOR_SIZE)
+    return {"locator_x": seen.astype(np.float16), "locator_y": mask[None].astype(np.float16)}
 
 
 def table_of(x: NDArray[Any], model: Any) -> NDArray[np.float32]:

@@ -160,11 +160,12 @@ def _lasso(z: Array, y: Labels, seed: int) -> tuple[float, list[int]]:
             losses[i, k] = stats.nll(y[~inside], model.decision_function(z[~inside]))
     mean, error = losses.mean(axis=1), losses.std(axis=1, ddof=1) / np.sqrt(FOLDS)
     best = int(np.argmin(mean))
-    for i in range(best + 1):
-        chosen = np.flatnonzero(_fitted(z, y, PENALTIES[i], l1=True).coef_[0])
-        if mean[i] <= mean[best] + error[best] and len(chosen):
-            return float(PENALTIES[i]), [int(c) for c in chosen]
-    raise RuntimeError("signature: no column separates the classes")
+    for i, c in enumerate(PENALTIES):
+        chosen = np.flatnonzero(_fitted(z, y, c, l1=True).coef_[0])
+        # Where the best penalty leaves nothing (labels that mean nothing), the strongest that leaves something.
+        if len(chosen) and (mean[i] <= mean[best] + error[best] or i >= best):
+            return float(c), [int(k) for k in chosen]
+    raise RuntimeError("signature: no column is left at any penalty")
 
 
 def _ridge(z: Array, y: Labels) -> tuple[Array, float]:

@@ -7,6 +7,7 @@ Checkpoints are safetensors, no pickle.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -54,6 +55,11 @@ class Pairs:
         if self.high.shape != (n, 2 * h, 2 * w):
             raise ValueError("superres: the sharp image is exactly twice as large")
 
+    @property
+    def digest(self) -> str:
+        """A training is continued on the same pairs only."""
+        return hashlib.sha256(self.low.tobytes() + self.high.tobytes()).hexdigest()
+
 
 def fit(model: nn.Module, settings: Settings, pairs: Pairs, folder: Path) -> nn.Module:
     """Train on random patches, keep a checkpoint twenty times; a folder with one is continued."""
@@ -62,7 +68,8 @@ def fit(model: nn.Module, settings: Settings, pairs: Pairs, folder: Path) -> nn.
     _start(model, settings.seed)
     model.to(settings.device).train()
     optimiser = torch.optim.Adam(model.parameters(), settings.learning_rate)
-    first = _resume(folder, settings, model, optimiser)
+    about = asdict(settings) | {"pairs": pairs.digest}
+    first = _resume(folder, about, model, optimiser)
     every, started, total = max(1, settings.steps // 20), time.monotonic(), 0.0
     for step in range(first, settings.steps):
         # The rate and the patches are functions of the step alone, so a continued training is the same training.
@@ -78,7 +85,7 @@ def fit(model: nn.Module, settings: Settings, pairs: Pairs, folder: Path) -> nn.
             seconds = time.monotonic() - started
             print(f"superres: step {step + 1}/{settings.steps} loss {total / every:.5f} {seconds:.0f} s", flush=True)
             total = 0.0
-            _checkpoint(folder, settings, step + 1, model, optimiser)
+            _checkpoint(folder, about, step + 1, model, optimiser)
     return model.eval()
 
 
@@ -166,7 +173,7 @@ def _batch(pairs: Pairs, settings: Settings, step: int) -> tuple[Tensor, Tensor]
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def _checkpoint(folder: Path, settings: Settings, step: int, model: nn.Module, optimiser: torch.optim.Adam) -> None:
+def _checkpoint(folder: Path, about: dict[str, Any], step: int, model: nn.Module, optimiser: torch.optim.Adam) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     moments = {
         f"{index}.{key}": value.contiguous()
@@ -175,7 +182,7 @@ def _checkpoint(folder: Path, settings: Settings, step: int, model: nn.Module, o
     }
     _replace(folder / "superres-optimiser.safetensors", moments)
     _replace(folder / "superres.safetensors", {k: v.contiguous() for k, v in model.state_dict().items()})
-    state = json.dumps({"step": step, "settings": asdict(settings)})
+    state = json.dumps({"step": step, "about": about})
     (folder / "superres.json").write_text(state, "utf-8")
 
 
@@ -185,13 +192,13 @@ def _replace(path: Path, tensors: dict[str, Tensor]) -> None:
     part.replace(path)
 
 
-def _resume(folder: Path, settings: Settings, model: nn.Module, optimiser: torch.optim.Adam) -> int:
-    """Steps already done by the same settings; anything else starts afresh."""
+def _resume(folder: Path, about: dict[str, Any], model: nn.Module, optimiser: torch.optim.Adam) -> int:
+    """Steps already done with the same settings and pairs; anything else starts afresh."""
     state = folder / "superres.json"
     if not state.is_file():
         return 0
     kept = json.loads(state.read_text("utf-8"))
-    if kept["settings"] != asdict(settings):
+    if kept.get("about") != about:
         return 0
     model.load_state_dict(load_file(folder / "superres.safetensors"))
     moments: dict[int, dict[str, Tensor]] = {}
