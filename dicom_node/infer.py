@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import sqlalchemy as sa
 
+from dicom_node.clinical import Collected
 from dicom_node.config import Config, Destination, Route
 from dicom_node.errors import NodeStoppingError, WorkerError
 from dicom_node.log import Log
 from dicom_node.metrics import Recorder
-from dicom_node.result import Refusal, RefusalCode, Result, result_from_json
+from dicom_node.result import ClinicalInput, Refusal, RefusalCode, Result, result_from_json
 from dicom_node.store import jobs, studies
 from dicom_node.store.jobs import Ending, Job
 from dicom_node.store.ledger import Ledger, add_event
@@ -46,7 +48,7 @@ class Reply(Protocol):
 
 WORKER_START_SECONDS = 180.0
 """A job may have to wait for a worker that loads its engines first; the lease covers that too."""
-Predict = Callable[[Job, Route, Study, str | None], Reply]
+Predict = Callable[[Job, Route, Study, str | None, tuple[ClinicalInput, ...]], Reply]
 """Run one job in a worker. Raises WorkerError on crash, hang, out-of-memory."""
 
 
@@ -59,13 +61,14 @@ class InferStage:
         ledger: Ledger,
         path_of: Callable[[str], Path],
         predict: Predict,
+        clinical: Callable[[Study, str], Collected],
         log: Log,
         recorder: Recorder,
     ) -> None:
         self._routes = {route.name: route for route in config.routes}
         self._destinations = config.deliver.destinations
         self._config, self._ledger, self._path_of, self._predict = config.infer, ledger, path_of, predict
-        self._log, self._recorder = log, recorder
+        self._clinical, self._log, self._recorder = clinical, log, recorder
 
     def run_once(self) -> bool:
         """One job. True = there was one."""
@@ -82,18 +85,19 @@ class InferStage:
             self._end(job, Ending(Outcome.REFUSED, RefusalCode.NO_ROUTE, "this route is no longer in config.yaml"))
             return True
         started = time.monotonic()
+        known = self._clinical(study, route.engine)
         try:
-            reply = self._predict(job, route, study, previous)
+            reply = self._predict(job, route, study, previous, tuple(known.values.values()))
         except NodeStoppingError:
             return False  # the attempt is taken back at the next start
         except WorkerError as e:
             self._fault(job, str(e))
             return True
         self._recorder.observe("dicom_node_job_seconds", time.monotonic() - started, stage="infer")
-        self._record(job, route, reply)
+        self._record(job, route, reply, known.problems)
         return True
 
-    def _record(self, job: Job, route: Route, reply: Reply) -> None:
+    def _record(self, job: Job, route: Route, reply: Reply, problems: tuple[str, ...]) -> None:
         about: dict[str, Any] = {
             "engine": route.engine,
             "package": str(reply.package.get("version", "")),
@@ -109,7 +113,7 @@ class InferStage:
             refusal = Refusal(RefusalCode(reply.refusal["code"]), str(reply.refusal.get("detail", "")))
             self._refuse(job, route, refusal, about, dict(reply.package))
         elif reply.result is not None:
-            self._result(job, route, result_from_json(dict(reply.result)), about)
+            self._result(job, route, _with_problems(result_from_json(dict(reply.result)), problems), about)
         else:
             self._fault(job, f"the worker answered {reply.outcome} without a body")
 
@@ -196,6 +200,14 @@ class InferStage:
         self._log.warning("infer_failed", study=self._log.uid(job.study_uid), job=job.id, state=state, error=text)
         if state is JobState.DEAD:
             self._recorder.inc("dicom_node_jobs_total", stage="infer", outcome="DEAD", route=job.route)
+
+
+def _with_problems(result: Result, problems: tuple[str, ...]) -> Result:
+    """What was there and could not be used stands in the report, beside what was used."""
+    if not problems:
+        return result
+    parameters = result.provenance.parameters | {"clinical values not used": "; ".join(problems)}
+    return replace(result, provenance=replace(result.provenance, parameters=parameters))
 
 
 def _may_receive(result: Result, destinations: Mapping[str, Destination]) -> list[str]:

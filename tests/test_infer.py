@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from dicom_node import config
+from dicom_node.clinical import Collected
 from dicom_node.errors import NodeStoppingError, WorkerError
 from dicom_node.infer import InferStage
 from dicom_node.log import Log
 from dicom_node.metrics import Metrics
-from dicom_node.result import Code, Finding, Provenance, Result, Score
+from dicom_node.result import ClinicalInput, Code, Finding, Provenance, Result, Score
 from dicom_node.store import inspect, jobs, studies
 from dicom_node.store.ledger import Ledger
 from dicom_node.store.schema import Stage
@@ -44,7 +45,11 @@ class Room:
         self.clock, self.ledger, self.answers = clock, Ledger(root, clock=clock), []
         self.previous: list[str | None] = []
         self.metrics = Metrics()
-        self.stage = InferStage(settings, self.ledger, Path, self._predict, Log.null(), self.metrics)
+        self.known = Collected()
+        self.given: tuple[ClinicalInput, ...] = ()
+        self.stage = InferStage(
+            settings, self.ledger, Path, self._predict, lambda _study, _engine: self.known, Log.null(), self.metrics
+        )
         with self.ledger.write() as tx:
             timing = studies.Timing(60, 600, "rerun", 3)
             studies.add_instance(tx, make_instance(clock()), own=False, priority=0, timing=timing, now=clock())
@@ -56,8 +61,9 @@ class Room:
                 tx, study_uid="1.2.3", revision=revision, stage=Stage.INFER, route="r", priority=0, now=self.clock()
             )
 
-    def _predict(self, _job, _route, _study, previous):
+    def _predict(self, _job, _route, _study, previous, clinical):
         self.previous.append(previous)
+        self.given = clinical
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -144,3 +150,15 @@ def test_a_later_revision_is_given_the_earlier_input_and_may_be_unchanged(make_r
     assert room.previous == [None, "in"]
     assert (outcome["revision"], outcome["outcome"], outcome["code"]) == (2, "RESULT", "UNCHANGED")
     assert room.report() is None
+
+
+def test_clinical_values_reach_the_engine_and_what_was_not_usable_reaches_the_report(tmp_path, clock, make_instance):
+    room = Room(tmp_path, clock, make_instance, deliver=["near"])
+    fsh = ClinicalInput("FSH", Code("15067-2", "LN", "Follitropin"), 12.0, "[IU]/L", "", "DICOM SR")
+    room.known = Collected({"FSH": fsh}, ("EDV: the report does not say of which side",))
+    room.run(said())
+    assert room.given == (fsh,)
+    job = room.report()
+    assert job is not None
+    parameters = job.payload["result"]["provenance"]["parameters"]
+    assert parameters["clinical values not used"] == "EDV: the report does not say of which side"

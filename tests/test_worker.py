@@ -150,7 +150,7 @@ class Bench:
 
     def run(self, mode: str = "ok", *, timeout: float = 30, engine: str = "tiny", **how: Any) -> Reply:
         previous, clinical = how.pop("previous", None), how.pop("clinical", ())
-        return self.client.run(Job(), route(engine), study(mode, **how), previous, timeout, clinical)
+        return self.client.run(Job(), route(engine), study(mode, **how), previous, clinical, timeout=timeout)
 
     def restarts(self, reason: str) -> float:
         return self.metrics.value("dicom_node_worker_restarts_total", reason=reason)
@@ -534,7 +534,7 @@ def test_the_shipped_renal_engine_scores_a_phantom_clip(tmp_path: Path) -> None:
     config = Config(engines=Engines(path=(REPOSITORY / "engines",)), store=Store(root=tmp_path))
     client = WorkerClient(config, ("renal_ceus",), Log.null(), Metrics())
     try:
-        reply = client.run(Job(), route("renal_ceus"), Study.from_instances("1", 1, [clip]), None, 60)
+        reply = client.run(Job(), route("renal_ceus"), Study.from_instances("1", 1, [clip]), None, timeout=60)
     finally:
         client.close()
     assert reply.outcome == "RESULT", reply

@@ -16,6 +16,7 @@ from dicom_node.packages.load import (
     load_package,
     load_task,
     task_of,
+    wanted_of,
 )
 from dicom_node.packages.schema import (
     Categories,
@@ -45,4 +46,5 @@ __all__ = [
     "load_package",
     "load_task",
     "task_of",
+    "wanted_of",
 ]

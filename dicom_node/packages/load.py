@@ -14,7 +14,7 @@ import importlib.util
 import io
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from dicom_node.errors import PackageError
-from dicom_node.packages.schema import Manifest, Task
+from dicom_node.packages.schema import ClinicalEntry, Manifest, Task
 
 MAX_YAML_BYTES = 1 << 20
 MAX_ARRAY_BYTES = 512 << 20
@@ -96,6 +96,21 @@ def task_of(paths: Iterable[Path], name: str) -> Task:
     if folder is None:
         raise PackageError(f"no task {name} under engines.path")
     return load_task(folder).task
+
+
+def wanted_of(paths: Iterable[Path]) -> Callable[[str], tuple[ClinicalEntry, ...]]:
+    """The clinical values of a task by its name; () for a task that is not there. Each engine.yaml is read once."""
+    folders, known = list(paths), dict[str, tuple[ClinicalEntry, ...]]()
+
+    def wanted(name: str) -> tuple[ClinicalEntry, ...]:
+        if name not in known:
+            try:
+                known[name] = task_of(folders, name).clinical
+            except PackageError:
+                known[name] = ()
+        return known[name]
+
+    return wanted
 
 
 def active_package(task: TaskFolder, root: Path, *, require_signature: bool = False) -> ModelPackage:

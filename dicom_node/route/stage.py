@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from dicom_node.config import Config, Route
 from dicom_node.log import Log
 from dicom_node.metrics import Recorder
-from dicom_node.result import Refusal, RefusalCode
+from dicom_node.result import ClinicalInput, Refusal, RefusalCode
 from dicom_node.route import Verdict, evaluate_all, missing_requirements, select_priority, unrouted_code
 from dicom_node.store import jobs, studies
 from dicom_node.store.jobs import Ending, Job
@@ -25,10 +25,17 @@ class RouteStage:
     """Claims route jobs; puts infer jobs, or the answer that there will be none."""
 
     def __init__(
-        self, config: Config, ledger: Ledger, path_of: Callable[[str], Path], log: Log, recorder: Recorder
+        self,
+        config: Config,
+        ledger: Ledger,
+        path_of: Callable[[str], Path],
+        clinical: Callable[[Study, Iterable[str]], Mapping[str, ClinicalInput]],
+        log: Log,
+        recorder: Recorder,
     ) -> None:
         self._config, self._ledger, self._path_of, self._log, self._recorder = config, ledger, path_of, log, recorder
         self._routes = {route.name: route for route in config.routes}
+        self._clinical = clinical
 
     def run_once(self) -> bool:
         """One study. True = there was one."""
@@ -38,7 +45,8 @@ class RouteStage:
             return False
         with self._ledger.read() as tx:
             study = studies.load_study(tx, job.study_uid, job.revision, self._path_of)
-        verdicts = evaluate_all(self._config.routes, study, {})
+        clinical = self._clinical(study, [route.engine for route in self._config.routes])
+        verdicts = evaluate_all(self._config.routes, study, clinical)
         taken = [v for v in verdicts if v.matched and v.refusal is None]
         ending = self._ending(verdicts)
         now = self._ledger.clock()
@@ -46,7 +54,7 @@ class RouteStage:
             if not jobs.finish(tx, job, ending, now):
                 return True  # a newer revision took over
             for verdict in verdicts:
-                self._follow(tx, job, study, verdict, now)
+                self._follow(tx, job, study, clinical, verdict, now)
             self._tell(tx, job, verdicts, ending, now)
         self._recorder.inc("dicom_node_jobs_total", stage="route", outcome=str(ending.outcome), route="")
         if ending.outcome is Outcome.UNROUTED:
@@ -62,7 +70,15 @@ class RouteStage:
         code = unrouted_code(verdicts)
         return Ending(Outcome.UNROUTED, code, code.sentence, output=output)
 
-    def _follow(self, tx: sa.Connection, job: Job, study: Study, verdict: Verdict, now: float) -> None:
+    def _follow(
+        self,
+        tx: sa.Connection,
+        job: Job,
+        study: Study,
+        clinical: Mapping[str, ClinicalInput],
+        verdict: Verdict,
+        now: float,
+    ) -> None:
         """The infer job of a route that took the study; a DONE one when the answer is a refusal already."""
         if not verdict.matched:
             return
@@ -70,7 +86,7 @@ class RouteStage:
         priority = max(job.priority, select_priority(route, study, self._config.receive.priority_ae))
         refusal, run_at = verdict.refusal, self._run_at(route, study, now)
         if refusal is None and not job.payload.get("incomplete_accepted"):
-            missing = missing_requirements(route.require, study, {}, verdict.series)
+            missing = missing_requirements(route.require, study, clinical, verdict.series)
             if missing and route.if_incomplete == "give_up":
                 refusal = Refusal(RefusalCode.INCOMPLETE, "missing: " + ", ".join(missing))
             elif missing and route.if_incomplete == "hold":

@@ -106,6 +106,6 @@ def _unbuilt(config: Config) -> Iterator[Finding]:
         if destination.commitment:
             yield "error", f"destination {name}", "storage commitment is not in this version: commitment: false"
     for route in config.routes:
-        if route.require.phases or route.require.clinical:
-            text = "require.phases and require.clinical cannot be met in this version: such a route never runs"
+        if route.require.phases:
+            text = "require.phases cannot be met in this version: such a route never runs"
             yield "error", f"route {route.name}", text

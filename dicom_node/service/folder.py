@@ -18,12 +18,13 @@ from typing import Any
 import sqlalchemy as sa
 
 from dicom_node import assemble
+from dicom_node.clinical import ClinicalValues
 from dicom_node.config import Config, RouteAssemble
 from dicom_node.errors import ConfigError, NodeError
 from dicom_node.infer import InferStage
 from dicom_node.log import Log
 from dicom_node.metrics import NullRecorder
-from dicom_node.packages import task_of
+from dicom_node.packages import task_of, wanted_of
 from dicom_node.report.stage import ReportStage
 from dicom_node.route.stage import RouteStage
 from dicom_node.store import inspect, schema
@@ -79,18 +80,20 @@ class _Line:
         self.worker = WorkerClient(config, engines, log, recorder)
         timing = assemble.timing(config)
         self.index = IndexStage(self.ledger, self.files, timing, (), log, recorder)
+        clinical = ClinicalValues(wanted_of(config.engines.path))
         infer = InferStage(
             config,
             self.ledger,
             self.files.path_of,
             partial(self.worker.run, timeout=config.infer.timeout_seconds),
+            clinical.for_engine,
             log,
             recorder,
         )
         report = ReportStage(
             config, self.ledger, self.files, lambda name: task_of(config.engines.path, name), log, recorder
         )
-        route = RouteStage(config, self.ledger, self.files.path_of, log, recorder)
+        route = RouteStage(config, self.ledger, self.files.path_of, clinical.known, log, recorder)
         self.stages: list[Callable[[], bool]] = [route.run_once, infer.run_once, report.run_once]
 
     def take(self, folder: Path) -> list[dict[str, str]]:

@@ -18,13 +18,14 @@ import sqlalchemy as sa
 from dicom_node import assemble
 from dicom_node.assemble import AssembleStage
 from dicom_node.audit import Audit
+from dicom_node.clinical import ClinicalValues
 from dicom_node.config import Config
 from dicom_node.deliver import DeliverStage
 from dicom_node.errors import WorkerError
 from dicom_node.infer import InferStage
 from dicom_node.log import make_log
 from dicom_node.metrics import Health, Metrics, serve
-from dicom_node.packages import task_of
+from dicom_node.packages import task_of, wanted_of
 from dicom_node.pixels.decode import available_decoders
 from dicom_node.report.stage import ReportStage
 from dicom_node.route.stage import RouteStage
@@ -98,7 +99,8 @@ class Node:
         self._assembling = AssembleStage(
             ledger, timing, lambda: self.view.open_associations, log, metrics, on_complete=self._trail.study_received
         )
-        routing = RouteStage(config, ledger, self._files.path_of, log, metrics)
+        clinical = ClinicalValues(wanted_of(config.engines.path))
+        routing = RouteStage(config, ledger, self._files.path_of, clinical.known, log, metrics)
         reporting = ReportStage(
             config, ledger, self._files, lambda name: task_of(config.engines.path, name), log, metrics
         )
@@ -116,6 +118,7 @@ class Node:
                 ledger,
                 self._files.path_of,
                 partial(worker.run, timeout=config.infer.timeout_seconds),
+                clinical.for_engine,
                 log,
                 metrics,
             )

@@ -104,7 +104,8 @@ class Worker:
 
     def _run(self, engine: Loaded, job: Mapping[str, Any], about: dict[str, Any]) -> dict[str, Any]:
         study = visible(study_from_json(job["study"]), frozenset(job["series"]))
-        clinical = {c["name"]: ClinicalInput(**(c | {"code": Code(*c["code"])})) for c in job["clinical"]}
+        given = (ClinicalInput(**(c | {"code": Code(*c["code"])})) for c in job["clinical"])
+        clinical = {value.key: value for value in given}
         selection = engine.select(study, clinical)
         if isinstance(selection, Refusal):
             return _refused(selection)

@@ -127,8 +127,9 @@ class WorkerClient:
         route: Route,
         study: Study,
         previous: str | None,
-        timeout: float,
         clinical: Iterable[ClinicalInput] = (),
+        *,
+        timeout: float,
     ) -> Reply:
         """One job. Raises WorkerError on crash, hang or a broken answer (the next job starts a new child), and
         NodeStoppingError when `close` ended it."""

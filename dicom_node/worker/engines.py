@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
+import numpy as np
 from numpy.typing import NDArray
 
 from dicom_node import decide, packages
@@ -106,6 +107,7 @@ def load_engine(folder: Path, root: Path, *, require_signature: bool, threads: i
     if task.missing_libraries:
         raise PackageError(f"not available: install {', '.join(task.missing_libraries)}")
     package = packages.active_package(task, root, require_signature=require_signature)
+    _check_fusion(task.task, package)
     engine = cast(Engine, load_module(folder))
     sessions: dict[str, Session] = {}
     accepted = []
@@ -116,6 +118,19 @@ def load_engine(folder: Path, root: Path, *, require_signature: bool, threads: i
         sessions[name] = session
     _check_explained(package)
     return Loaded(task.task, package, engine, sessions, tuple(accepted), time.monotonic() - started)
+
+
+def _check_fusion(task: Task, package: ModelPackage) -> None:
+    """A nomogram may ask only for what the task collects, and its covariance must be one."""
+    spec = package.manifest.fusion
+    if spec is None:
+        return
+    unknown = {term.name for term in spec.terms} - {"logit"} - {entry.name for entry in task.clinical}
+    if unknown:
+        raise PackageError(f"fusion: the task has no clinical value {', '.join(sorted(unknown))}")
+    covariance = np.array(spec.covariance)
+    if not np.allclose(covariance, covariance.T) or np.linalg.eigvalsh(covariance).min() < -1e-9 * covariance.max():
+        raise PackageError("fusion: covariance is not symmetric positive semidefinite")
 
 
 def _check_explained(package: ModelPackage) -> None:
