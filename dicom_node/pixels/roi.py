@@ -210,9 +210,10 @@ def _predecessors(header: Header) -> Iterator[str]:
 def _concerns(region: Region, uids: frozenset[str], frame_of_reference: str) -> bool:
     """Refers to one of the images, or lies in their frame of reference; never one that lies in another."""
     located = any(isinstance(d, Contour) or getattr(d, "plane", None) is not None for d in region.drawings)
-    if (located or region.defect) and frame_of_reference and region.frame_of_reference:
-        return region.frame_of_reference == frame_of_reference
-    return bool(region.refers & uids)
+    same = bool(frame_of_reference) and region.frame_of_reference == frame_of_reference
+    if located and frame_of_reference and region.frame_of_reference:
+        return same
+    return bool(region.refers & uids) or (bool(region.defect) and same)
 
 
 def _numbers(every: Sequence[Region]) -> list[int]:

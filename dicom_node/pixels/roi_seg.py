@@ -42,7 +42,10 @@ def regions(instance: Instance) -> Iterator[Region]:
         raster = Raster(frame, _derived(group, shared), where[frame - 1] if not defect else None)
         for number in _numbers(group, shared, header):
             by_segment.setdefault(number, []).append(raster)
+    background = header.number("PixelPaddingValue") if _is_label_map(header) else None
     for segment in sorted(header.items_of("SegmentSequence"), key=lambda s: s.number("SegmentNumber") or 0.0):
+        if (segment.number("SegmentNumber") or 0.0) in (0.0, background):
+            continue  # a label map describes its background as a segment (PS3.3 C.8.20.2)
         yield _region(instance, segment, by_segment, whole, defect)
 
 

@@ -1,4 +1,4 @@
-"""Images and region objects as other people's software writes them: highdicom (SEG, SR), pydicom by hand for the rest."""
+"""Images and region objects as other software writes them: highdicom (SEG, SR), pydicom by hand for the rest."""
 
 from __future__ import annotations
 
@@ -51,7 +51,13 @@ class Files:
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         ds.SOPClassUID, ds.SOPInstanceUID = sop_class, generate_uid()
         ds.StudyInstanceUID, ds.SeriesInstanceUID = self.study_uid, series_uid or generate_uid()
-        ds.Modality, ds.PatientID, ds.PatientName, ds.PatientBirthDate, ds.PatientSex = modality, "T", "Test", "", "O"
+        ds.Modality, ds.PatientID, ds.PatientName, ds.PatientBirthDate, ds.PatientSex = (
+            modality,
+            "T",
+            "Test^Region",
+            "",
+            "O",
+        )
         ds.StudyID, ds.AccessionNumber, ds.ReferringPhysicianName = "1", "", ""
         ds.StudyDate, ds.StudyTime, ds.SeriesNumber, ds.InstanceNumber = "20260101", "120000", 1, 1
         ds.ContentDate, ds.ContentTime, ds.Manufacturer = "20260101", "120000", "Test"
@@ -94,7 +100,7 @@ class Files:
         """As highdicom writes it. `mask`: (frames, rows, columns[, segments])."""
         count = mask.shape[3] if mask.ndim == 4 else 1
         ds: Dataset = hd.seg.Segmentation(
-            source_images=sources, pixel_array=mask, segmentation_type=kind,
+            source_images=sources, pixel_array=mask.copy(), segmentation_type=kind,
             segment_descriptions=descriptions or [describe(n) for n in range(1, count + 1)],
             series_instance_uid=series or generate_uid(), series_number=50, sop_instance_uid=generate_uid(),
             instance_number=1, manufacturer="Test", manufacturer_model_name="Test", software_versions="1",
@@ -105,7 +111,6 @@ class Files:
         if add:
             self.add(ds)
         return ds
-
 
     def plain_seg(
         self, rasters: list[tuple[int, NDArray[Any], dict[str, Any]]], labels: list[str], kind: str = "BINARY",
@@ -170,3 +175,96 @@ def _pixels(ds: Dataset, frames: NDArray[Any]) -> None:
     ds.Rows, ds.Columns = frames.shape[-2:]
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = bits, bits, bits - 1
     ds.PixelData = frames.tobytes()
+
+
+def rtstruct(
+    files: Files, rois: list[tuple[str, list[NDArray[Any]]]], images: list[Dataset] = [], frame: str = "",  # noqa: B006
+    when: str = "20260101130000", kind: str = "CLOSED_PLANAR", interpreted: str = "GTV",
+) -> Dataset:  # fmt: skip
+    """Each ROI: name and contours in mm, as treatment planning writes them."""
+    ds = files.blank("1.2.840.10008.5.1.4.1.1.481.3", "RTSTRUCT", StructureSetLabel="A")
+    ds.StructureSetDate, ds.StructureSetTime = when[:8], when[8:]
+    ds.StructureSetROISequence = [
+        item(ROINumber=n, ROIName=name, ReferencedFrameOfReferenceUID=frame or files.frame_uid)
+        for n, (name, _) in enumerate(rois, start=1)
+    ]
+    ds.ROIContourSequence = [
+        item(ReferencedROINumber=n, ContourSequence=[_contour(c, kind, images) for c in contours])
+        for n, (_, contours) in enumerate(rois, start=1)
+    ]
+    ds.RTROIObservationsSequence = [
+        item(ObservationNumber=n, ReferencedROINumber=n, RTROIInterpretedType=interpreted, ROIInterpreter="")
+        for n in range(1, len(rois) + 1)
+    ]
+    files.add(ds)
+    return ds
+
+
+def _contour(points: NDArray[Any], kind: str, images: list[Dataset]) -> Dataset:
+    ds = item(
+        ContourGeometricType=kind, NumberOfContourPoints=len(points),
+        ContourData=[f"{v:.4f}" for v in np.asarray(points).reshape(-1)],
+    )  # fmt: skip
+    if images:
+        ds.ContourImageSequence = [reference(i) for i in images]
+    return ds
+
+
+def gsps(
+    files: Files, annotations: list[Dataset], images: list[Dataset], when: str = "20260101130000", **values: Any
+) -> Dataset:
+    """A greyscale presentation state."""
+    ds = files.blank("1.2.840.10008.5.1.4.1.1.11.1", "PR", ContentLabel="ROI")
+    ds.PresentationCreationDate, ds.PresentationCreationTime = when[:8], when[8:]
+    ds.ReferencedSeriesSequence = [
+        item(SeriesInstanceUID=images[0].SeriesInstanceUID, ReferencedImageSequence=[reference(i) for i in images])
+    ]
+    ds.GraphicAnnotationSequence = annotations
+    for key, value in values.items():
+        setattr(ds, key, value)
+    files.add(ds)
+    return ds
+
+
+def annotation(graphics: list[Dataset], on: list[Dataset] | None = None, layer: str = "ROI") -> Dataset:
+    """An item of the Graphic Annotation Sequence."""
+    ds = item(GraphicLayer=layer, GraphicObjectSequence=graphics)
+    if on is not None:
+        ds.ReferencedImageSequence = on
+    return ds
+
+
+def graphic(shape: str, points: NDArray[Any] | list[list[float]], units: str = "PIXEL", **values: Any) -> Dataset:
+    """An item of the Graphic Object Sequence."""
+    data = np.asarray(points, dtype=np.float32)
+    return item(
+        GraphicAnnotationUnits=units, GraphicDimensions=2, NumberOfGraphicPoints=len(data), GraphicType=shape,
+        GraphicData=[float(v) for v in data.reshape(-1)], GraphicFilled="N", **values,
+    )  # fmt: skip
+
+
+def report(files: Files, content: list[Dataset], when: str = "20260101130000", **values: Any) -> Dataset:
+    """A Comprehensive 3D SR around content items."""
+    ds = files.blank("1.2.840.10008.5.1.4.1.1.88.34", "SR", ValueType="CONTAINER", ContinuityOfContent="SEPARATE")
+    ds.ContentDate, ds.ContentTime = when[:8], when[8:]
+    ds.ConceptNameCodeSequence = [coded("126000", "DCM", "Imaging Measurement Report")]
+    ds.CompletionFlag, ds.VerificationFlag, ds.ContentSequence = "COMPLETE", "UNVERIFIED", content
+    for key, value in values.items():
+        setattr(ds, key, value)
+    files.add(ds)
+    return ds
+
+
+def coded(value: str, scheme: str, meaning: str) -> Dataset:
+    """An item of a code sequence."""
+    return item(CodeValue=value, CodingSchemeDesignator=scheme, CodeMeaning=meaning)
+
+
+def scoord(shape: str, points: NDArray[Any] | list[list[float]], on: Dataset) -> Dataset:
+    """An SCOORD selected from one image reference."""
+    image = item(RelationshipType="SELECTED FROM", ValueType="IMAGE", ReferencedSOPSequence=[on])
+    return item(
+        RelationshipType="CONTAINS", ValueType="SCOORD", GraphicType=shape, ContentSequence=[image],
+        ConceptNameCodeSequence=[coded("111030", "DCM", "Image Region")],
+        GraphicData=[float(v) for v in np.asarray(points, dtype=np.float32).reshape(-1)],
+    )  # fmt: skip
