@@ -32,6 +32,8 @@ from dicom_node.study import Header, Instance
 Mask = NDArray[np.bool_]
 _FLAT_MM = 1.0
 """A contour may leave its plane by this much (decimal strings, oblique slices)."""
+_FINER = 4
+"""A contour across the slices is rasterised on pixels so many times smaller than the grid's."""
 _EDGE = 1e-6
 
 
@@ -312,7 +314,7 @@ def _canvas(
         origin = grid.affine[:3, 3] + across * shift
         rows, columns = grid.shape[1:]
     else:
-        step = float(min(np.linalg.norm(column), np.linalg.norm(row)))
+        step = float(min(np.linalg.norm(column), np.linalg.norm(row))) / _FINER
         axis = np.eye(3)[np.argmin(np.abs(normal))]
         column = axis - (axis @ normal) * normal
         column = column / np.linalg.norm(column) * step
@@ -320,7 +322,8 @@ def _canvas(
         points = np.vstack([one.points for one in stack])
         low = np.array([(points @ column).min(), (points @ row).min()]) / step
         high = np.array([(points @ column).max(), (points @ row).max()]) / step
-        origin = normal * offset + (low[0] - step) * column / step + (low[1] - step) * row / step
+        # Borders of pixels, not centres, on the borders of the contour.
+        origin = normal * offset + (low[0] - step / 2) * column / step + (low[1] - step / 2) * row / step
         columns, rows = (int(n) for n in np.ceil((high - low) / step) + 3)
         if rows * columns > roi_raster.MAX_PIXELS:
             raise UnreadableError("a contour is too large")

@@ -95,8 +95,9 @@ def _smooth(points: Points) -> Points:
     """A periodic cubic spline by chord length: INTERPOLATED leaves the curve to the reader (PS3.3 C.10.5.1.2)."""
     from scipy.interpolate import CubicSpline
 
-    ring = points[:-1] if np.array_equal(points[0], points[-1]) else points
-    ring = ring[np.any(ring != np.roll(ring, 1, axis=0), axis=1)]
+    ring = points[
+        np.hypot(*(points - np.roll(points, 1, axis=0)).T) > 1e-3
+    ]  # no point twice, nor the first as the last
     if len(ring) < 3:
         raise UnreadableError("an outline has too few points")
     closed = np.vstack([ring, ring[:1]])
