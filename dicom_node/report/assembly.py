@@ -11,7 +11,7 @@ from pydicom.dataset import Dataset
 
 from dicom_node.errors import ReportError, StoreError
 from dicom_node.packages import Task
-from dicom_node.report import capture, objects, sr, uids
+from dicom_node.report import capture, nomogram, objects, sr, uids
 from dicom_node.report.context import BuiltObject, ObjectKind, ReportContext, Variant
 from dicom_node.report.normalise import read_source
 from dicom_node.result import Provenance, Refusal, Result
@@ -44,9 +44,13 @@ def build(result: Result, sources: Mapping[str, Instance], context: ReportContex
     wanted = list(_distinct(context.variants, "capture"))
     syntaxes = {i.sop_instance_uid: i.transfer_syntax_uid for i in instances}
     for index, finding in enumerate(result.findings):
+        if finding.fusion is not None and wanted:
+            figure = nomogram.draw(result, finding, finding.fusion)
+            about = capture.Reported(result, finding, index, headers, syntaxes)
+            built += [_finish("capture", nomogram.build(about, figure, context, keys, v), v) for v in wanted]
         if finding.heatmap is None or not wanted:
             continue
-        subject = capture.Subject(result, finding, finding.heatmap, index, headers, syntaxes)
+        subject = capture.Subject(result, finding, index, headers, syntaxes, finding.heatmap)
         frames = capture.draw(result, finding, finding.heatmap, context)
         for variant in wanted:
             captures = capture.build_captures(subject, frames, context, keys, variant)

@@ -30,7 +30,7 @@ from pydicom.uid import (
 
 from dicom_node import __version__
 from dicom_node.report import codes, objects, picture
-from dicom_node.report.context import CaptureKind, ReportContext, Variant
+from dicom_node.report.context import ReportContext, Variant
 from dicom_node.report.uids import Uids
 from dicom_node.report.wording import NOT_ANATOMY, mark_of, series_description
 from dicom_node.result import Finding, FrameRef, Heatmap, Result
@@ -114,17 +114,28 @@ def pack(frame: NDArray[np.uint8]) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """One finding's capture: what it shows and what it was made from."""
+class Reported:
+    """One finding and what it was made from."""
 
     result: Result
     finding: Finding
-    heatmap: Heatmap
     index: int
     """Of the finding; each finding has a series of its own, as a series has one side."""
     sources: Mapping[str, Dataset]
     syntaxes: Mapping[str, str]
     """SOP Instance UID to the transfer syntax it came in."""
+
+    @property
+    def source(self) -> Dataset:
+        """The header of the first instance of the finding."""
+        return self.sources[self.finding.sources[0].sop_instance_uid]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject(Reported):
+    """One finding's heatmap."""
+
+    heatmap: Heatmap
 
     @property
     def source(self) -> Dataset:
@@ -160,14 +171,16 @@ def _capture(
     software = f"{provenance.task} {provenance.package_version}"[:64]
     syntax = str(RLELossless if packed else ExplicitVRLittleEndian)
     made = objects.new_object(identity, subject.source, context, uids, syntax, software)
-    _side(made, subject)
-    _equipment(made, subject, context)
+    add_side(made, subject)
+    add_equipment(made, subject, context)
     _image(made, subject, frames)
-    _pixels(made, subject, frames, variant.capture, packed)
+    add_pixels(made, frames, packed)
+    if variant.capture == "multiframe":
+        _timing(made, len(frames.indices), subject.heatmap.frame_time_ms)
     return made
 
 
-def _side(made: Dataset, subject: Subject) -> None:
+def add_side(made: Dataset, subject: Reported) -> None:
     """Laterality is 2C (PS3.3 C.7.3.1): required of a paired body part, empty when unknown, never defaulted."""
     part = codes.BODY_PART.get(subject.finding.site) or str(subject.source.get("BodyPartExamined", ""))
     if part:
@@ -181,7 +194,7 @@ def _side(made: Dataset, subject: Subject) -> None:
         made.Laterality = None
 
 
-def _equipment(made: Dataset, subject: Subject, context: ReportContext) -> None:
+def add_equipment(made: Dataset, subject: Reported, context: ReportContext) -> None:
     """SC Equipment module (PS3.3 C.8.6.1): the image was made on a workstation."""
     made.ConversionType = "WSD"
     made.SecondaryCaptureDeviceManufacturer = context.config.manufacturer
@@ -203,7 +216,7 @@ def _image(made: Dataset, subject: Subject, frames: Frames) -> None:
     )
     made.ImageComments = mark_of(provenance.intended_use) or NOT_ANATOMY
     shown = [heatmap.frame_refs[i] for i in frames.indices]
-    made.SourceImageSequence = list(_source_images(shown))
+    made.SourceImageSequence = list(source_images(shown))
     _lossy_history(made, subject, shown)
 
 
@@ -220,7 +233,7 @@ def _banner_removed(subject: Subject) -> bool:
     return not whole or (computed and source.get("BurnedInAnnotation") != "YES")
 
 
-def _source_images(references: Iterable[FrameRef]) -> Iterable[Dataset]:
+def source_images(references: Iterable[FrameRef]) -> Iterable[Dataset]:
     by_instance: dict[str, list[FrameRef]] = {}
     for reference in references:
         by_instance.setdefault(reference.sop_instance_uid, []).append(reference)
@@ -261,16 +274,18 @@ def _several(value: Any) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list | tuple) or hasattr(value, "append") else [str(value)]
 
 
-def _pixels(made: Dataset, subject: Subject, frames: Frames, kind: CaptureKind, packed: bool) -> None:
+def _timing(made: Dataset, n: int, frame_ms: float | None) -> None:
+    made.NumberOfFrames = n
+    if n > 1:
+        made.FrameIncrementPointer = Tag("FrameTime")
+        made.FrameTime = f"{frame_ms or _FRAME_TIME_MS:.10g}"
+
+
+def add_pixels(made: Dataset, frames: Frames, packed: bool) -> None:
     """PS3.3 A.8.5.4: RGB, eight bits, colour by pixel."""
-    n, made.Rows, made.Columns, made.SamplesPerPixel = frames.pixels.shape
+    _, made.Rows, made.Columns, made.SamplesPerPixel = frames.pixels.shape
     made.PhotometricInterpretation, made.PlanarConfiguration = "RGB", 0
     made.BitsAllocated, made.BitsStored, made.HighBit, made.PixelRepresentation = 8, 8, 7, 0
-    if kind == "multiframe":
-        made.NumberOfFrames = n
-        if n > 1:
-            made.FrameIncrementPointer = Tag("FrameTime")
-            made.FrameTime = f"{subject.heatmap.frame_time_ms or _FRAME_TIME_MS:.10g}"
     if packed:
         made.PixelData = encapsulate(list(frames.packed))
         made["PixelData"].VR = "OB"

@@ -41,7 +41,7 @@ _PLASMA = (
     " e66c5c e97257 ed7953 f07f4f f3854b f58c46 f79342 f99a3e fba139 fca835 fdaf31 feb72d febe2a fdc627 fcce25 fbd724"
     " f8df25 f6e826 f3f027 f0f921"
 )
-_INK, _DIM, _PAPER, _WARNING = (238, 238, 238), (168, 172, 178), (18, 19, 22), (255, 196, 64)
+INK, DIM, PAPER, WARNING = (238, 238, 238), (168, 172, 178), (18, 19, 22), (255, 196, 64)
 _MARGIN, _GAP, _BAR, _TICKS = 16, 10, 16, 58
 _TITLE, _BODY = 19, 14
 
@@ -151,7 +151,7 @@ class Layout:
         stacked = columns > 1.9 * rows
         images = panel[0] if stacked else 2 * panel[0] + _GAP
         footer = _footer(caption, 0.0)
-        text = max(_font(_TITLE).getlength(caption.title) + 190, *map(_font(_BODY).getlength, footer))
+        text = max(font(_TITLE).getlength(caption.title) + 190, *map(font(_BODY).getlength, footer))
         inner = max(images + _GAP + _BAR + _TICKS, math.ceil(text))
         top = _MARGIN + _TITLE + 8 + _BODY + 10
         rows_of_images = 2 * panel[1] + _GAP if stacked else panel[1]
@@ -177,7 +177,8 @@ def _even(value: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own type."""
     return ImageFont.load_default(size=size)  # type: ignore[return-value]
 
 
@@ -196,31 +197,30 @@ def _palette() -> NDArray[np.uint8]:
 
 def _background(layout: Layout, heatmap: Heatmap, caption: Caption) -> Image.Image:
     """Everything that is the same on all frames."""
-    picture = Image.new("RGB", (layout.width, layout.height), _PAPER)
+    picture = Image.new("RGB", (layout.width, layout.height), PAPER)
     draw = ImageDraw.Draw(picture)
-    draw.text((_MARGIN, _MARGIN), caption.title, _INK, _font(_TITLE), anchor="lt")
+    draw.text((_MARGIN, _MARGIN), caption.title, INK, font(_TITLE), anchor="lt")
     above = layout.top - 8
     method = heatmap.method[:1].upper() + heatmap.method[1:]
     towards = f"{method}, towards: {caption.target}" if caption.target else method
     if layout.stacked:
-        draw.text((layout.left, above), f"Above: source frame. Below: {towards}", _DIM, _font(_BODY), anchor="ls")
+        draw.text((layout.left, above), f"Above: source frame. Below: {towards}", DIM, font(_BODY), anchor="ls")
     else:
-        draw.text((layout.left, above), "Source frame", _DIM, _font(_BODY), anchor="ls")
+        draw.text((layout.left, above), "Source frame", DIM, font(_BODY), anchor="ls")
         _fitted(draw, (layout.second[0], above), towards, layout.width - _MARGIN - layout.second[0])
     _colour_bar(picture, draw, layout, heatmap)
     y = layout.top + layout.images[1] + 12
     for line in _footer(caption, heatmap.vmin):
-        draw.text((_MARGIN, y), line, _WARNING if line == caption.mark else _DIM, _font(_BODY), anchor="lt")
+        draw.text((_MARGIN, y), line, WARNING if line == caption.mark else DIM, font(_BODY), anchor="lt")
         y += _BODY + 6
     return picture
 
 
 def _fitted(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int) -> None:
     """A line of text that ends with an ellipsis where there is no more room."""
-    font = _font(_BODY)
-    while text and font.getlength(text) > width:
+    while text and font(_BODY).getlength(text) > width:
         text = text[:-4].rstrip() + "..."
-    draw.text(at, text, _DIM, font, anchor="ls")
+    draw.text(at, text, DIM, font(_BODY), anchor="ls")
 
 
 def _colour_bar(picture: Image.Image, draw: ImageDraw.ImageDraw, layout: Layout, heatmap: Heatmap) -> None:
@@ -229,10 +229,10 @@ def _colour_bar(picture: Image.Image, draw: ImageDraw.ImageDraw, layout: Layout,
     height = layout.images[1]
     ramp = colours(np.linspace(1, 0, height))[:, None, :].repeat(_BAR, axis=1)
     picture.paste(Image.fromarray(ramp), (x, y))
-    draw.rectangle((x - 1, y - 1, x + _BAR, y + height), outline=_DIM)
+    draw.rectangle((x - 1, y - 1, x + _BAR, y + height), outline=DIM)
     for part, anchor in ((0.0, "ls"), (0.5, "lm"), (1.0, "lt")):
         value = heatmap.vmin + part * (heatmap.vmax - heatmap.vmin)
-        draw.text((x + _BAR + 6, y + round((1 - part) * height)), f"{value:.3g}", _INK, _font(_BODY), anchor=anchor)
+        draw.text((x + _BAR + 6, y + round((1 - part) * height)), f"{value:.3g}", INK, font(_BODY), anchor=anchor)
 
 
 def _panels(
@@ -255,15 +255,15 @@ def _mark(layout: Layout, text: str) -> tuple[tuple[int, Image.Image], ...]:
     cos, sin = math.cos(angle), math.sin(angle)
     size = 10
     while size < 60:  # the turned line has to lie inside the panels
-        w, h = _font(size + 1).getlength(text), (size + 1) * 1.3
+        w, h = font(size + 1).getlength(text), (size + 1) * 1.3
         if w * cos + h * sin > width or w * sin + h * cos > height:
             break
         size += 1
     masks = []
     for grey, strength, stroke in ((0, 120, 2), (255, 165, 0)):
-        line = Image.new("L", (math.ceil(_font(size).getlength(text)) + 8, round(size * 1.6)), 0)
+        line = Image.new("L", (math.ceil(font(size).getlength(text)) + 8, round(size * 1.6)), 0)
         middle = line.width // 2, line.height // 2
-        ImageDraw.Draw(line).text(middle, text, strength, _font(size), anchor="mm", stroke_width=stroke)
+        ImageDraw.Draw(line).text(middle, text, strength, font(size), anchor="mm", stroke_width=stroke)
         turned = line.rotate(math.degrees(angle), Image.Resampling.BICUBIC, expand=True)
         mask = Image.new("L", (width, height), 0)
         mask.paste(turned, ((width - turned.width) // 2, (height - turned.height) // 2))
@@ -279,4 +279,4 @@ def _frame_number(picture: Image.Image, layout: Layout, references: Sequence[Fra
     else:
         text = f"image {i + 1} of {len(references)}"
     at = (layout.width - _MARGIN, _MARGIN)
-    ImageDraw.Draw(picture).text(at, text, _INK, _font(_TITLE - 2), anchor="rt")
+    ImageDraw.Draw(picture).text(at, text, INK, font(_TITLE - 2), anchor="rt")

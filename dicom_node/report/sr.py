@@ -204,6 +204,8 @@ def _group(
         group = hd.sr.MeasurementsAndQualitativeEvaluations(**said, source_images=_source_images(finding.sources))
     else:
         group = hd.sr.PlanarROIMeasurementsAndQualitativeEvaluations(**said, referenced_region=_image_region(region))
+    for note in finding.notes:
+        _comment(group, note)
     if finding.laterality_note:
         _comment(group, f"Side not established: {finding.laterality_note}")
     _comment(group, mark_of(intended_use))

@@ -22,7 +22,7 @@ from dicom_node import report
 from dicom_node.config import Report as ReportConfig
 from dicom_node.packages import Task
 from dicom_node.report import BuiltObject, ReportContext, Variant
-from dicom_node.result import ArrayFile, Code, Finding, FrameRef, Heatmap, Provenance, Refusal, Result, Score
+from dicom_node.result import ArrayFile, Code, Finding, FrameRef, Fusion, Heatmap, Provenance, Refusal, Result, Score
 from dicom_node.study import Header, Instance
 
 US_MULTIFRAME = "1.2.840.10008.5.1.4.1.1.3.1"
@@ -104,6 +104,8 @@ class Case:
     parameters: dict[str, str] = field(default_factory=lambda: {"threshold": "0.5", "temperature": "1.3"})
     context: dict[str, Any] = field(default_factory=dict)
     frame_time_ms: float | None = 40.0
+    fusion: Fusion | None = None
+    notes: tuple[str, ...] = ()
 
     def add(self, ds: Dataset, *, big_endian: bool = False, transfer_syntax: str | None = None) -> None:
         path = write(ds, self.folder / f"{len(self.sources)}.dcm", big_endian=big_endian)
@@ -150,7 +152,7 @@ class Case:
         return Finding(
             "Lesion 1", Code("108369006", "SCT", "Neoplasm"), self.site, self.laterality, self.laterality_note,
             Code("RISKCAT", "99INFER", "Risk category"), Code("HIGH", "99INFER", "High grade favoured"),
-            (Score(OUTCOME, 0.831249),), refs, heatmap, "none",
+            (Score(OUTCOME, 0.831249),), refs, heatmap, "none", self.fusion, self.notes,
         )  # fmt: skip
 
     def result(self) -> Result:
