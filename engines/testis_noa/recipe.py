@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PLACE = (28, 28)
 TERMS = (Term("FSH", "log"), Term("TESTICULAR_VOLUME"), Term("EDV"))
+GOLDEN_STILLS = 2
 JITTER = 0.06
 """Of the box's side: a reader outlines a testis, and the locator finds it, only so exactly."""
 
@@ -37,6 +38,7 @@ class TestisNoa(Recipe):
 
     task = "testis_noa"
     covariates = tuple(term.name for term in TERMS)
+    method = "Grad-CAM"  # of a linear head on pooled features: the class activation map, exactly
     network_name = "NASNet-A Mobile topology"
 
     def write(self, args: argparse.Namespace) -> list[Path]:
@@ -77,12 +79,16 @@ class TestisNoa(Recipe):
             {"strength": np.array(still.strength), **_for_locator(still, image)},
         )  # fmt: skip
 
+    def sources(self) -> list[Path]:
+        return [*super().sources(), Path(dicom.__file__)]
+
     # -- training
 
     def fit(self, run: Run) -> None:
-        """The network that is shipped, and one for each fold of the nomogram."""
+        """The network that is shipped, one for each fold of the nomogram, and the locator."""
         super().fit(run)
         self._fit_folds(run)
+        self._fit_locator(run)
 
     def _fit_folds(self, run: Run) -> None:
         """Log-odds out of fold, each calibrated on validation, into the checkpoint."""
@@ -104,7 +110,43 @@ class TestisNoa(Recipe):
             margin[held] = fit.clip_margins(model, train.part(held), run.device) / t
         np.savez(run.checkpoint / "folds.npz", allow_pickle=False, margin=margin, fold=fold, seeds=train.seeds)
 
+    def _fit_locator(self, run: Run) -> None:
+        """Needs to know where the testis lies: stills of a folder bring their own crop, and keep the given locator."""
+        from engines.testis_noa import locator
+
+        train = run.cohort("train")
+        if "locator_mask" in train.extra:
+            settings = locator.Settings(**run.plan["locator"], threads=run.threads, device=run.device)
+            locator.fit(train.extra["locator_x"], train.extra["locator_mask"], settings, run.checkpoint)
+
     # -- the package
+
+    def export(self, run: Run) -> dict[str, Any]:
+        from engines.testis_noa import locator
+        from engines.training import export
+
+        said = super().export(run)
+        network = locator.load(run.checkpoint)
+        sample = run.cohort("validation").extra["locator_x"][:3].astype(np.float32)
+        paths = export.export(network, sample[:2], ("probability",), run.out / "models" / "locator")
+        parity = export.parity(network, paths, sample)
+        said["parity"] |= {f"locator {precision}": value for precision, value in parity.items()}
+        said["more"] = {"locator_parameters": sum(p.numel() for p in network.parameters())}
+        return said
+
+    def models(self, run: Run) -> dict[str, Any]:
+        from engines.training.export import TOLERANCE
+
+        return super().models(run) | {
+            "locator": {"inputs": ["x"], "outputs": ["probability"], "tolerance": dict(TOLERANCE)}
+        }
+
+    def golden(self, run: Run) -> dict[str, NDArray[Any]]:
+        from engines.training.evaluate import Graph
+
+        x = run.cohort("validation").extra["locator_x"][:GOLDEN_STILLS].astype(np.float32)
+        found = Graph.of(run.out / "models" / "locator" / "fp32.onnx").run(x)
+        return {"locator.x": x, "locator.probability": found["probability"]}
 
     def inputs(self) -> list[dict[str, Any]]:
         return [

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
+import yaml
 
+from dicom_node.clinical import Ucum, collect
+from dicom_node.packages import Task
+from dicom_node.study import Instance, Study
 from engines.testis_noa import dicom, engine, phantom
 from engines.testis_noa.recipe import RECIPE, reader_box
 from engines.training import stats
@@ -17,6 +22,7 @@ from engines.training.fusion import Term, fit_fusion, probabilities
 from engines.training.headers import MemoryReader, instance_of
 from engines.training.recipe import Sample
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = phantom.generator()
 
 
@@ -127,6 +133,24 @@ def test_the_files_are_of_one_patient_and_one_study(tmp_path: Path) -> None:
     assert [ds.ImageLaterality for ds in read[:2]] == ["R", "L"]
     again = dicom.write(phantom.make(5, 1, SETTINGS), tmp_path / "again", "jpeg")
     assert pydicom.dcmread(again[0]).StudyInstanceUID != read[0].StudyInstanceUID
+
+
+def test_the_node_reads_the_clinical_values_as_they_were_drawn(
+    tmp_path: Path, instance_of: Callable[..., Instance], study_of: Callable[..., Study]
+) -> None:
+    patient = phantom.make(5, 1, SETTINGS)
+    task = Task.model_validate(yaml.safe_load((ROOT / "engines/testis_noa/engine.yaml").read_text("utf-8")))
+    paths = dicom.write(patient, tmp_path, "raw", dicom.Labels(uid_seed=5))
+    found = collect(study_of(*(instance_of(p) for p in paths)), task.clinical, Ucum())
+    assert not found.problems
+    right, left = patient.stills
+    assert {key: value.value for key, value in found.values.items()} == {
+        "FSH": patient.fsh,
+        "TESTICULAR_VOLUME R": right.volume_ml,
+        "TESTICULAR_VOLUME L": left.volume_ml,
+        "EDV R": right.edv_cm_s,
+        "EDV L": left.edv_cm_s,
+    }
 
 
 @pytest.mark.parametrize("encoding", dicom.ENCODINGS)
