@@ -34,7 +34,7 @@ a fixed number of decibels: another gain moves the levels and does not stretch t
 MIN_CELLS = 100
 """Pixels of 0.2 mm: a region under 4 mm² holds no texture."""
 MAX_SIDE_MM = 100.0
-LOCATOR_SIZE = (96, 112)
+LOCATOR_SIZE = (64, 72)
 MIN_PLACE = 20
 """Cells of the locator's map: a smaller place is no tumour."""
 MAX_WINDOWS = 120
@@ -199,7 +199,7 @@ def _located(pictures: Sequence[Instance], pixels: PixelReader, run: RunModel) -
 
 
 def locator_input(grey: Image) -> NDArray[np.float32]:
-    """(1, 1, 96, 112) of a B-mode image, whatever its size."""
+    """(1, 1, 64, 72) of a B-mode image, whatever its size."""
     return np.asarray(ultrasound.resize(grey, LOCATOR_SIZE)[None, None] / 255, np.float32)
 
 

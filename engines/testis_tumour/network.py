@@ -23,7 +23,7 @@ class Preset(NamedTuple):
     depth: int
 
 
-PRESETS = {"paper": Preset(32, 9), "demo": Preset(20, 5), "nano": Preset(8, 2)}
+PRESETS = {"paper": Preset(32, 9), "demo": Preset(20, 5), "nano": Preset(12, 3)}
 
 
 class SuperResolution(nn.Module):

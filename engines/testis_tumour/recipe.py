@@ -9,25 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
 
-from dicom_node.engine import Selection
-from dicom_node.pixels import ultrasound
 from dicom_node.pixels.grey import resize
 from dicom_node.result import Refusal
-from dicom_node.study import Study
-from engines.testis_tumour import engine, objects, phantom
-from engines.training.headers import instance_of
-from engines.training.nuisance import image_statistics
+from engines.testis_tumour import engine, objects, phantom, samples
 from engines.training.recipe import Recipe, Run, Sample, Settings, task_folder
 
 if TYPE_CHECKING:
     from engines.testis_tumour.chain import Chain
+    from engines.training.cohort import Cohort
     from engines.training.signature import Signature
-    from engines.training.superres import Pairs
 
 MAPS = 24
+UNSEEN = 60
+"""Pairs on which super-resolution is compared with interpolation."""
 TRANSFORMS = {"AGE": "none", "AFP": "log", "B_HCG": "log", "LDH": "log"}
 
 
@@ -65,33 +60,22 @@ class TestisTumour(Recipe):
         return paths
 
     def sample(self, seed: int, label: int, settings: Settings, encoding: str) -> Sample | Refusal:
-        made = phantom.make(seed, label, settings)
-        found = prepared(made, encoding)
-        if isinstance(found, Refusal):
-            return found
-        native = _on_panel(made.signal, made, found)
-        metadata = [made.mm_per_px, float((found.share > 127).sum()), float(made.picture.shape[0])]
-        nuisance = np.concatenate([image_statistics(found.image[None] / 255.0), metadata[:2]])
-        return Sample(
-            np.stack([found.image, found.share]).astype(np.float32)[None],
-            native,
-            nuisance,
-            np.array([made.blood[name] for name in phantom.MARKERS]),
-            _for_locator(made),
-        )
+        return samples.sample(seed, label, settings, encoding)
 
     def sources(self) -> list[Path]:
-        return [*super().sources(), task_folder(self.task) / "objects.py"]
+        names = ("phantom.py", "phantom.yaml", "objects.py", "engine.py", "samples.py")
+        return [*super().sources()[:1], *(task_folder(self.task) / name for name in names)]
 
     # -- training
 
     def fit(self, run: Run) -> None:
         import torch
 
-        from engines.training import signature, superres
+        from engines.training import locator, signature, superres
 
         preset = dict(run.plan["presets"][run.preset])
-        pairs = make_pairs(run.plan["cohorts"]["train"]["first_seed"], preset.pop("pairs"))
+        place = locator.Settings(**preset.pop("locator"), seed=preset["seed"], threads=run.threads)
+        pairs = samples.pairs_of(run.plan["cohorts"]["train"]["first_seed"], preset.pop("pairs"))
         settings = superres.Settings(**preset, threads=run.threads, device=run.device)
         network = superres.fit(self.network(run.preset), settings, pairs, run.checkpoint).cpu()
 
@@ -104,12 +88,13 @@ class TestisTumour(Recipe):
         np.savez(run.checkpoint / "features.npz", x=table, y=train.y)
         chosen = signature.select(table, train.y, engine.FEATURES, settings.seed)
         (run.checkpoint / "signature.json").write_text(json.dumps(signature.dump(chosen)), "utf-8")
+        locator.fit_locator(*_places(train), place, run.checkpoint)
 
     def export(self, run: Run) -> dict[str, Any]:
         import torch
 
         from engines.testis_tumour import network
-        from engines.training import export, package, superres
+        from engines.training import export, locator, package, superres
 
         torch.set_num_threads(run.threads)
         upscale = superres.load(self.network(run.preset), run.checkpoint)
@@ -127,10 +112,23 @@ class TestisTumour(Recipe):
         parity |= {f"radiomics {k}": v for k, v in export.parity(score, graphs, table).items()}
         head = {"W": score.head.weight.detach().numpy(), "b": score.head.bias.detach().numpy()}
         package.write_arrays(run.out, "head.npz", head)
-        quality = superres.compare(upscale, make_pairs(run.plan["cohorts"]["test"]["first_seed"], 60))
+        unseen = run.plan["cohorts"]["test"]["first_seed"]
+        quality = superres.compare(upscale, samples.pairs_of(unseen, UNSEEN))
+        place = locator.load(run.checkpoint, run.plan["presets"][run.preset]["locator"]["width"])
+        images, masks = _places(run.cohort("test"))
+        written = locator.export_locator(place, images[:3], run.out)
+        parity |= {f"locator {k}": v for k, v in written["parity"].items()}
+        found = locator.report(place, images, masks, engine.MIN_PLACE)
         parameters = sum(p.numel() for p in upscale.parameters()) + score.head.weight.numel() // 2 + 1
-        more = {"signature": chosen.to_json(), "super_resolution_unseen": quality}
-        return {"parity": parity, "parameters": parameters, "more": more}
+        return {
+            "parity": parity,
+            "parameters": parameters + written["parameters"],
+            "more": {
+                "signature": chosen.to_json(),
+                "super_resolution_unseen": quality,
+                "locator_unseen": {name: round(value, 4) for name, value in found.items()},
+            },
+        }
 
     # -- the package
 
@@ -138,14 +136,18 @@ class TestisTumour(Recipe):
         return [
             {"name": "superres.x", "kind": "still", "size": [engine.TILE, engine.TILE], "channels": 1,
              "normalise": {"mean": 0.0, "std": 255.0}},
+            {"name": "locator.x", "kind": "still", "size": list(engine.LOCATOR_SIZE), "channels": 1,
+             "normalise": {"mean": 0.0, "std": 255.0}},
             {"name": "radiomics.x", "kind": "still", "size": [len(engine.FEATURES)], "channels": 1},
         ]  # fmt: skip
 
     def models(self, run: Run) -> dict[str, Any]:
+        from engines.training import locator
         from engines.training.export import TOLERANCE
 
         del run
         return {
+            "locator": locator.manifest_entry(),
             "superres": {"inputs": ["x"], "outputs": ["y"], "tolerance": dict(TOLERANCE)},
             "radiomics": {"inputs": ["x"], "outputs": ["logits", "features"], "tolerance": {"fp32": TOLERANCE["fp32"]}},
         }
@@ -156,12 +158,15 @@ class TestisTumour(Recipe):
         return Chain.of(folder)
 
     def golden(self, run: Run) -> dict[str, NDArray[Any]]:
+        from engines.training import locator
+
         chain = self.graph(run.out)
         x = run.cohort("validation").x[:4, 0]
         table = chain.features(x)
         tiles = x[:2, :1].astype(np.float32) / np.float32(255)
         cases = {"superres.x": tiles, **{f"superres.{k}": v for k, v in chain.model("superres", {"x": tiles}).items()}}
         scored = chain.model("radiomics", {"x": table})
+        cases |= locator.golden_cases(run.out, _places(run.cohort("validation"))[0][:2])
         return {**cases, "radiomics.x": table, **{f"radiomics.{k}": v for k, v in scored.items()}}
 
     def fusion(self, run: Run) -> dict[str, Any] | None:
@@ -201,65 +206,6 @@ class TestisTumour(Recipe):
         return np.asarray(np.stack(images), np.float32)
 
 
-# --- a phantom as the node sees it -----------------------------------------------------------------------------------
-
-
-def prepared(made: phantom.Still, encoding: str) -> engine.Prepared | Refusal:
-    """A phantom through the engine's own selection and preparation, its hand-drawn region as a SEG would give it."""
-    labels = objects.Labels(uid_seed=made.seed)
-    ds = objects.header(made, labels)
-    ds.file_meta = FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    instance = instance_of(ds)
-    selection = engine.select(Study.from_instances("1.2", 1, [instance]), {})
-    if not isinstance(selection, Selection):
-        return selection
-    picture = objects.jpeg_round_trip(made.picture) if encoding == "jpeg" else made.picture
-    mask = np.zeros(picture.shape, np.bool_)
-    panel = ultrasound.tissue_regions(instance.header)[0]
-    panel.crop(mask)[:] = made.roi
-    return engine.prepare(picture, panel, mask)
-
-
-def make_pairs(first_seed: int, count: int) -> Pairs:
-    """Acquired and sharp pictures of the same tissue, the window that the engine would cut."""
-    from engines.training.superres import Pairs
-
-    low, high = [], []
-    for index in range(count):
-        made = phantom.make(first_seed + index, index % 2, sharp=True)
-        found = prepared(made, ("raw", "jpeg")[index // 2 % 2])
-        if isinstance(found, Refusal) or made.sharp is None:
-            continue
-        low.append(found.image)
-        high.append(np.rint(_window(made.sharp, made, found, 2)).astype(np.uint8))
-    return Pairs(np.stack(low), np.stack(high))
-
-
-def _window(image: NDArray[Any], made: phantom.Still, found: engine.Prepared, finer: int = 1) -> NDArray[np.float32]:
-    """Another image of the panel, resampled and cut as `prepare` cut the picture; borders repeated."""
-    size = [finer * max(1, round(n * made.mm_per_px / engine.NATIVE_MM)) for n in phantom.PANEL]
-    resampled = resize(image, (size[0], size[1]))
-    at = [
-        np.clip(finer * start + np.arange(finer * n), 0, whole - 1)
-        for start, n, whole in zip(found.corner, found.image.shape, size, strict=True)
-    ]
-    return np.asarray(resampled[np.ix_(*at)], np.float32)
-
-
-def _on_panel(signal: NDArray[np.float32], made: phantom.Still, found: engine.Prepared) -> NDArray[np.float32]:
-    """The planted signal on a grid of 64 cells of 0.4 mm a side."""
-    return resize(_window(signal, made, found), (64, 64))
-
-
-def _for_locator(made: phantom.Still) -> dict[str, NDArray[np.float16]]:
-    """The whole panel and the tumour on the locator's grid."""
-    x0, y0, x1, y1 = made.region
-    seen = engine.locator_input(made.picture[y0 : y1 + 1, x0 : x1 + 1])[0]
-    mask = resize(made.tumour.astype(np.float32), engine.LOCATOR_SIZE)
-    return {"locator_x": seen.astype(np.float16), "locator_y": mask[None].astype(np.float16)}
-
-
 def table_of(x: NDArray[Any], model: Any) -> NDArray[np.float32]:
     """(n, len(FEATURES)) of inputs (n, 2, H, W) through a super-resolution model."""
     from engines.testis_tumour.chain import prepared as as_prepared
@@ -269,6 +215,11 @@ def table_of(x: NDArray[Any], model: Any) -> NDArray[np.float32]:
         fine, inside = engine.superresolve(as_prepared(one), model)
         rows.append(engine.features(fine[None], inside)[0])
     return np.stack(rows)
+
+
+def _places(cohort: Cohort) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Whole pictures on the locator's grid, and the tumour in them."""
+    return cohort.extra["locator_x"].astype(np.float32), cohort.extra["locator_mask"].astype(np.float32)
 
 
 def _signature(run: Run) -> Signature:

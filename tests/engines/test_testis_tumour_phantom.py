@@ -66,13 +66,13 @@ def test_the_region_is_drawn_near_the_outline_and_covers_the_tumour() -> None:
 
 
 def test_the_largest_tumour_fits_the_tile_of_a_cohort() -> None:
-    from engines.testis_tumour import engine, recipe
+    from engines.testis_tumour import engine, samples
 
     settings = phantom.generator()
     for key in ("tumour_mm", "tumour_aspect", "lobes", "roi_mm", "roi_wobble_mm", "mm_per_px"):
         settings["nuisance"][key] = settings["nuisance"][key][1]
     for seed in range(12):
-        found = recipe.prepared(phantom.make(seed, seed % 2, settings), "raw")
+        found = samples.prepared(phantom.make(seed, seed % 2, settings), "raw")
         assert isinstance(found, engine.Prepared)
         assert found.image.shape == (engine.TILE, engine.TILE)
 
