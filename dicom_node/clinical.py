@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -31,6 +32,8 @@ MAX_DEPTH = 24
 _RIGHT = {("24028007", "SCT"), ("G-A100", "SRT"), ("G-A100", "SNM3")}
 _LEFT = {("7771000", "SCT"), ("G-A101", "SRT"), ("G-A101", "SNM3")}
 _LATERALITY = {("272741003", "SCT"), ("G-C171", "SRT"), ("G-C171", "SNM3")}
+_AGE_CODES = {("30525-0", "LN"), ("121033", "DCM"), ("424144002", "SCT")}
+"""Age, Subject Age, Current chronological age: what Patient's Age (0010,1010) answers."""
 _AGE_UNITS = {"Y": "a", "M": "mo", "W": "wk", "D": "d"}
 
 
@@ -84,6 +87,9 @@ class _Number:
 class Ucum:
     """Conversion of units. The registry is built at the first unit that is not the wanted one (two seconds, once)."""
 
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
     @cached_property
     def _registry(self) -> PintUcumRegistry:
         from ucumvert import PintUcumRegistry
@@ -94,13 +100,18 @@ class Ucum:
         """None where the units are unknown or of different kinds: an amount of substance is no mass."""
         if unit == wanted:
             return value
+        with self._lock:  # several stages ask, each in its thread
+            return self._converted(value, unit, wanted)
+
+    def _converted(self, value: float, unit: str, wanted: str) -> float | None:
         from lark.exceptions import LarkError
         from pint.errors import DimensionalityError, PintError
 
         registry = self._registry
         try:
-            quantity = registry.Quantity(value, registry.from_ucum(unit).units)
-            return float(quantity.to(registry.from_ucum(wanted).units).magnitude)
+            given, asked = registry.from_ucum(unit), registry.from_ucum(wanted)  # "10*9/L" has a factor of its own
+            quantity = registry.Quantity(value * given.magnitude, given.units)
+            return float(quantity.to(asked.units).magnitude / asked.magnitude)
         except (LarkError, DimensionalityError, PintError, ValueError, OverflowError):
             return None
 
@@ -134,7 +145,7 @@ def collect(study: Study, wanted: Iterable[Wanted], ucum: Ucum) -> Collected:
     for entry in entries:
         codes = {(c.value, c.scheme) for c in (entry.code, *entry.also)}
         found = [n for n in numbers if n.code in codes]
-        if entry.unit == "a" and not found:
+        if codes & _AGE_CODES and not found:
             found = list(_ages(study))
         usable: list[ClinicalInput] = []
         for number in found:
@@ -163,8 +174,9 @@ def _usable(entry: Wanted, number: _Number, reference: datetime | None, ucum: Uc
         return f"{entry.name}: the report does not say of which side"
     if number.when is not None and reference is not None:
         age = reference - number.when
-        if age > timedelta(days=entry.max_age_days):
-            return f"{entry.name}: {age.days} days older than the images, at most {entry.max_age_days:g} allowed"
+        if abs(age) > timedelta(days=entry.max_age_days):
+            side = "older" if age > timedelta() else "newer"
+            return f"{entry.name}: {abs(age).days} days {side} than the images, at most {entry.max_age_days:g} allowed"
     return ClinicalInput(
         name=entry.name,
         code=Code(entry.code.value, entry.code.scheme, entry.code.meaning),
@@ -230,9 +242,10 @@ def _number(item: Header, side: str, when: datetime | None) -> _Number | None:
         return None
     units = measured[0].items_of("MeasurementUnitsCodeSequence")
     value = measured[0].number("NumericValue")
-    if value is None or not math.isfinite(value) or not units or units[0].text("CodingSchemeDesignator") != "UCUM":
+    if value is None or not math.isfinite(value):
         return None
-    return _Number(_code(names[0]), value, units[0].text("CodeValue"), side, when)
+    in_ucum = bool(units) and units[0].text("CodingSchemeDesignator") == "UCUM"
+    return _Number(_code(names[0]), value, units[0].text("CodeValue") if in_ucum else "", side, when)
 
 
 def _side(item: Header, depth: int = 0) -> str:

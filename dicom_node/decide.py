@@ -107,7 +107,7 @@ def input_digest(selection: Selection, clinical: Mapping[str, ClinicalInput], pa
     """
     about = [
         sorted((i.sop_instance_uid, i.digest) for i in selection.instances),
-        sorted((c.name, c.value, c.unit, c.time, c.source) for c in clinical.values()),
+        sorted((c.key, c.value, c.unit, c.time, c.source) for c in clinical.values()),
         package.digest,
         selection.laterality,
         dict(selection.parameters),

@@ -131,8 +131,8 @@ class InferStage:
     def _result(self, job: Job, route: Route, result: Result, about: dict[str, Any]) -> None:
         output = result.to_json()
         for finding in result.findings:
-            for score in finding.scores:
-                self._recorder.observe("dicom_node_probability", score.probability, route=route.name)
+            # The one that was judged: an image's own score, of another distribution, would blur the drift it is for.
+            self._recorder.observe("dicom_node_probability", finding.scores[0].probability, route=route.name)
         if route.mode == "shadow":
             self._recorder.inc("dicom_node_shadow_results_total", route=route.name)
             self._end(

@@ -92,6 +92,7 @@ def test_units_of_the_same_kind_are_converted(value: float, unit: str, entry: Cl
         (number(500), FSH, "FSH: outside the plausible range 0.1 to 200 [IU]/L"),
         (number(5, "cm/s", EDV), EDV, "EDV: the report does not say of which side"),
         (number(5, time="2023-06-01T08:00:00"), FSH, "FSH: 366 days older than the images, at most 180 allowed"),
+        (number(5, time="2025-06-01T12:00:00"), FSH, "FSH: 365 days newer than the images, at most 180 allowed"),
     ],
 )
 def test_what_cannot_be_used_is_said_and_not_used(lab: LabValue, entry: ClinicalEntry, said: str) -> None:
@@ -121,6 +122,27 @@ def test_age_comes_from_the_patients_age_attribute() -> None:
     assert collect(study(PatientAge="034Y"), [AGE], UCUM).values["AGE"].value == 34
     assert collect(study(PatientAge="018M"), [AGE], UCUM).values["AGE"].value == pytest.approx(1.5)
     assert collect(study(PatientAge="34"), [AGE], UCUM).values == {}
+
+
+def test_a_duration_in_years_is_not_the_patients_age() -> None:
+    duration = AGE.model_copy(update={"name": "YEARS", "code": FSH.code})
+    assert collect(study(PatientAge="034Y"), [duration], UCUM).values == {}
+
+
+def test_a_unit_that_is_not_ucum_is_said() -> None:
+    def local(report: Dataset) -> None:
+        group = report.ContentSequence[-1].ContentSequence[0]
+        group.ContentSequence[-1].MeasuredValueSequence[0].MeasurementUnitsCodeSequence[
+            0
+        ].CodingSchemeDesignator = "99X"
+
+    found = collect(study(number(12), change=local), [FSH], UCUM)
+    assert (found.values, found.problems) == ({}, ("FSH: its unit cannot be converted to [IU]/L",))
+
+
+def test_a_unit_may_hold_a_factor() -> None:
+    assert UCUM.convert(250, "10*3/uL", "10*9/L") == pytest.approx(250)
+    assert UCUM.convert(2, "10.mL", "mL") == pytest.approx(20)
 
 
 def test_our_own_report_is_never_a_source() -> None:

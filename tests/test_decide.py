@@ -294,6 +294,13 @@ def test_the_order_of_arrival_does_not_count_and_clinical_values_do() -> None:
         assert digest(clinical={"FSH": replace(FSH, **change)}) != digest(clinical={"FSH": FSH})
 
 
+def test_the_side_of_a_clinical_value_counts() -> None:
+    """The same two numbers with their sides exchanged are another patient's blood flow."""
+    right, left = replace(FSH, laterality="R"), replace(FSH, laterality="L", value=3.0)
+    exchanged = replace(right, value=3.0), replace(left, value=7.5)
+    assert digest(clinical={c.key: c for c in (right, left)}) != digest(clinical={c.key: c for c in exchanged})
+
+
 def test_values_that_are_not_plain_have_no_stable_digest_and_are_a_fault() -> None:
     with pytest.raises(WorkerError, match="plain values"):
         digest(selection(extra={"array": np.zeros(3)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,16 @@ def test_a_later_revision_is_given_the_earlier_input_and_may_be_unchanged(make_r
     assert room.previous == [None, "in"]
     assert (outcome["revision"], outcome["outcome"], outcome["code"]) == (2, "RESULT", "UNCHANGED")
     assert room.report() is None
+
+
+def test_drift_is_watched_on_the_score_that_was_judged(make_room):
+    room = make_room(deliver=["near"])
+    body = result()
+    code = Code("2", "99INFER", "image")
+    two = replace(body.findings[0], scores=(Score(Code("1", "99INFER", "x"), 0.9), Score(code, 0.1)))
+    room.run(Reply("RESULT", replace(body, findings=(two,)).to_json(), None, ABOUT, "", "in"))
+    assert room.metrics.value("dicom_node_probability", route="r") == 1
+    assert 'dicom_node_probability_sum{route="r"} 0.9' in room.metrics.exposition().decode()
 
 
 def test_clinical_values_reach_the_engine_and_what_was_not_usable_reaches_the_report(tmp_path, clock, make_instance):
