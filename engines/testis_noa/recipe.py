@@ -85,10 +85,13 @@ class TestisNoa(Recipe):
     # -- training
 
     def fit(self, run: Run) -> None:
-        """The network that is shipped, one for each fold of the nomogram, and the locator."""
+        """The network that is shipped; one for each fold where patients are known; the locator where outlines are."""
         super().fit(run)
-        self._fit_folds(run)
-        self._fit_locator(run)
+        train = run.cohort("train")
+        if run.folder is None or "patient" in train.extra:
+            self._fit_folds(run)
+        if "locator_mask" in train.extra:
+            self._fit_locator(run)
 
     def _fit_folds(self, run: Run) -> None:
         """Log-odds out of fold, each calibrated on validation, into the checkpoint."""
@@ -99,7 +102,7 @@ class TestisNoa(Recipe):
         settings = fit.Settings(
             **(plan["presets"][run.preset] | {"epochs": how["epochs"]}), threads=run.threads, device=run.device
         )
-        fold = folds(train, how["count"], run.folder is not None)
+        fold = folds(train, how["count"])
         margin = np.full(len(train.y), np.nan)
         for k in range(how["count"]):
             held, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
@@ -111,54 +114,60 @@ class TestisNoa(Recipe):
         np.savez(run.checkpoint / "folds.npz", allow_pickle=False, margin=margin, fold=fold, seeds=train.seeds)
 
     def _fit_locator(self, run: Run) -> None:
-        """Needs to know where the testis lies: stills of a folder bring their own crop, and keep the given locator."""
-        from engines.testis_noa import locator
+        from engines.training import locator
 
-        train = run.cohort("train")
-        if "locator_mask" in train.extra:
-            settings = locator.Settings(**run.plan["locator"], threads=run.threads, device=run.device)
-            locator.fit(train.extra["locator_x"], train.extra["locator_mask"], settings, run.checkpoint)
+        settings = locator.Settings(**run.plan["locator"], threads=run.threads)
+        locator.fit_locator(*places(run.cohort("train")), settings, run.checkpoint)
+
+    def _has_locator(self, run: Run) -> bool:
+        return (run.checkpoint / "locator.safetensors").is_file()
 
     # -- the package
 
     def export(self, run: Run) -> dict[str, Any]:
-        from engines.testis_noa import locator
-        from engines.training import export
+        from engines.training import locator
 
         said = super().export(run)
-        network = locator.load(run.checkpoint)
-        sample = run.cohort("validation").extra["locator_x"][:3].astype(np.float32)
-        paths = export.export(network, sample[:2], ("probability",), run.out / "models" / "locator")
-        parity = export.parity(network, paths, sample)
-        said["parity"] |= {f"locator {precision}": value for precision, value in parity.items()}
-        said["more"] = {"locator_parameters": sum(p.numel() for p in network.parameters())}
-        return said
+        if not self._has_locator(run):
+            return said
+        network = locator.load(run.checkpoint, run.plan["locator"]["width"])
+        images, masks = places(run.cohort("validation"))
+        written = locator.export_locator(network, images[:3], run.out)
+        said["parity"] |= {f"locator {precision}": value for precision, value in written["parity"].items()}
+        found = locator.report(network, images, masks, engine.LOCATOR_CELLS)
+        unseen = {name: round(value, 4) for name, value in found.items()}
+        return said | {"more": {"locator_parameters": written["parameters"], "locator_unseen": unseen}}
 
     def models(self, run: Run) -> dict[str, Any]:
-        from engines.training.export import TOLERANCE
+        from engines.training import locator
 
-        return super().models(run) | {
-            "locator": {"inputs": ["x"], "outputs": ["probability"], "tolerance": dict(TOLERANCE)}
-        }
+        own = {locator.MODEL: locator.manifest_entry()} if self._has_locator(run) else {}
+        return super().models(run) | own
 
     def golden(self, run: Run) -> dict[str, NDArray[Any]]:
-        from engines.training.evaluate import Graph
+        from engines.training import locator
 
-        x = run.cohort("validation").extra["locator_x"][:GOLDEN_STILLS].astype(np.float32)
-        found = Graph.of(run.out / "models" / "locator" / "fp32.onnx").run(x)
-        return {"locator.x": x, "locator.probability": found["probability"]}
+        if not self._has_locator(run):
+            return {}
+        return locator.golden_cases(run.out, places(run.cohort("validation"))[0][:GOLDEN_STILLS])
 
     def inputs(self) -> list[dict[str, Any]]:
         return [
             {
                 "name": "x", "kind": "still", "frames": 1, "size": list(engine.INPUT_SIZE), "channels": 1,
                 "normalise": {"mean": engine.MEAN, "std": engine.STD},
-            }
+            },
+            {
+                "name": "locator.x", "kind": "still", "frames": 1, "size": list(engine.LOCATOR_SIZE), "channels": 1,
+                "normalise": {"mean": engine.MEAN, "std": engine.STD},
+            },
         ]  # fmt: skip
 
     def fusion(self, run: Run) -> dict[str, Any] | None:
-        """The nomogram, where every patient of the cohort has all values (nothing is imputed)."""
+        """The nomogram, of the patients who have all values (nothing is imputed)."""
         train = run.cohort("train")
+        if not (run.checkpoint / "folds.npz").is_file():
+            return None
         with np.load(run.checkpoint / "folds.npz", allow_pickle=False) as file:
             margin, count = file["margin"], len(set(file["fold"].tolist()))
         whole = np.isfinite(train.covariates).all(axis=1)
@@ -170,13 +179,11 @@ class TestisNoa(Recipe):
         return fit_fusion(margin[whole], train.covariates[whole], train.y[whole], TERMS, about)
 
 
-def folds(cohort: Cohort, count: int, by_patient: bool) -> NDArray[np.int64]:
+def folds(cohort: Cohort, count: int) -> NDArray[np.int64]:
     """The fold of each unit. Phantoms are one unit a patient, in pairs of both labels; images of a folder are divided
     by patient, because a second image of a patient in another fold would be half in-sample."""
     if "patient" in cohort.extra:
         return np.asarray(np.unique(cohort.extra["patient"], return_inverse=True)[1] % count, np.int64)
-    if by_patient:
-        raise ValueError("the cohort does not say which images are of one patient")
     return np.asarray(np.arange(len(cohort.y)) // 2 % count, np.int64)
 
 
@@ -184,6 +191,11 @@ def temperature(y: NDArray[np.int64], margin: NDArray[np.float64]) -> float:
     """T of a fold's network, as the package's own: never below 1, and 1 where it does not help."""
     t = max(1.0, stats.temperature(y, margin))
     return t if stats.nll(y, margin / t) < stats.nll(y, margin) else 1.0
+
+
+def places(cohort: Cohort) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Whole B-mode images on the locator's grid, and the testis in them."""
+    return cohort.extra["locator_x"].astype(np.float32), cohort.extra["locator_mask"].astype(np.float32)
 
 
 def _for_locator(still: phantom.Still, image: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
