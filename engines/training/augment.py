@@ -14,7 +14,7 @@ SHIFT_CELLS = 2
 def stills(
     x: NDArray[np.float32], place: NDArray[np.float32], rng: np.random.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Images (b, 1, H, W), black at -1, and their places (b, h, w): mirrored, shifted by whole cells of the place
+    """Images (b, 1, ..., H, W), black at -1, and their places (b, ..., h, w): mirrored, shifted by whole cells of the place
     (image and map have different grids, and stay together only so), with other gain and contrast."""
     out, moved = np.empty_like(x), np.empty_like(place)
     cell = np.array(x.shape[-2:]) // np.array(place.shape[-2:])
@@ -36,7 +36,7 @@ def _chain() -> Any:
 
     return Compose(
         [
-            RandFlipd(keys=("image", "place"), prob=0.5, spatial_axis=1),
+            RandFlipd(keys=("image", "place"), prob=0.5, spatial_axis=-1),
             RandScaleIntensityd(keys="image", prob=1, factors=0.15),
             RandShiftIntensityd(keys="image", prob=1, offsets=0.1),
         ]

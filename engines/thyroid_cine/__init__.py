@@ -1,0 +1,1 @@
+"""Malignancy of a calcified thyroid nodule from a cine clip."""
