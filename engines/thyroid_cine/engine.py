@@ -1,10 +1,10 @@
 """Thyroid cine: the frames of a clip in the order of time, cropped around each nodule, scored as one volume.
 
 `select` reads headers, `predict` pixels. One result for each nodule: where a person drew regions, theirs; else the
-place that the package's locator sees (a place, not an indication); else ROI_REQUIRED. Only the B-mode region ever reaches the
-model or a picture: the banner with the patient's name lies outside it. Out-of-distribution gate, calibration,
-abstention and the map are the node's. Training prepares its clips through `prepare` below, so the two can never drift
-apart.
+place that the package's locator sees (a place, not an indication); else ROI_REQUIRED. Only the B-mode region ever
+reaches the model or a picture: the banner with the patient's name lies outside it. Out-of-distribution gate,
+calibration, abstention and the map are the node's. Training prepares its clips through `prepare` below, so the two can
+never drift apart.
 """
 
 from __future__ import annotations
