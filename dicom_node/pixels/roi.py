@@ -116,10 +116,17 @@ def marking(study: Study, instances: Iterable[Instance]) -> tuple[Instance, ...]
     found = {
         region.source.instance_id
         for kind in TRUST
-        for region in _regions(study, kind)
+        for region in _regions(study.instances, kind)
         if region.refers & uids or region.frame_of_reference in frames
     }
     return tuple(i for i in study.instances if i.instance_id in found)
+
+
+def kinds(instances: Iterable[Instance]) -> tuple[str, ...]:
+    """Kinds of the objects that mark a region, from headers alone: what `planar_rois` or `volume_rois` would read, or
+    refuse as unreadable, on the images it lies on."""
+    among = tuple(instances)
+    return tuple(kind for kind in TRUST if next(_regions(among, kind), None) is not None)
 
 
 def locate(probability: NDArray[np.float32], minimum_cells: int, threshold: float = 0.5) -> Mask | None:
@@ -155,7 +162,7 @@ def _trusted(
 ) -> tuple[_Placed, ...] | Refusal:
     """The regions of the first kind that has one here, each lesion once, by number."""
     for kind in TRUST:
-        every = list(_regions(study, kind))
+        every = list(_regions(study.instances, kind))
         numbers = _numbers(every)
         placed: list[_Placed] = []
         for region, number in zip(every, numbers, strict=True):
@@ -174,8 +181,8 @@ def _trusted(
     return ()
 
 
-def _regions(study: Study, kind: str) -> Iterator[Region]:
-    foreign = [i for i in study.instances if not is_own_output(i.header)]
+def _regions(instances: Iterable[Instance], kind: str) -> Iterator[Region]:
+    foreign = [i for i in instances if not is_own_output(i.header)]
     replaced = {uid for i in foreign for uid in _predecessors(i.header)}
     for instance in foreign:
         if instance.sop_instance_uid not in replaced and _kind(instance.sop_class_uid) == kind:

@@ -24,6 +24,7 @@ from dicom_node.pixels.roi_model import (
     Targets,
     floats,
     folded,
+    is_number,
     merged,
     references,
     side,
@@ -176,7 +177,7 @@ def _at(root: Header, path: tuple[str, ...]) -> Header | None:
     item = root
     for step in path[1:]:
         children = item.items_of("ContentSequence")
-        if not step.isdigit() or not 1 <= int(step) <= len(children):
+        if not is_number(step) or not 1 <= int(step) <= len(children):
             return None
         item = children[int(step) - 1]
     return item

@@ -26,6 +26,10 @@ _ABNORMAL = {"49755003", "M-01000", "M-01100"}
 """PS3.16 CID 7150: categories of what a segment is."""
 
 
+FARTHEST_MM = 1e5
+"""A coordinate beyond is none."""
+
+
 class UnreadableError(ValueError):
     """A region cannot be placed; the message is one of ours, free of PHI. Becomes REFUSED(ROI_UNREADABLE)."""
 
@@ -176,10 +180,15 @@ def references(items: Iterable[Header]) -> dict[str, frozenset[int]]:
         uid = item.text("ReferencedSOPInstanceUID")
         if not uid:
             continue
-        numbers = frozenset(int(n) for n in item.texts("ReferencedFrameNumber") if n.strip().isdigit())
+        numbers = frozenset(int(n) for n in item.texts("ReferencedFrameNumber") if is_number(n))
         seen = found.get(uid, numbers)
         found[uid] = seen | numbers if seen and numbers else frozenset()
     return {uid: numbers or frozenset() for uid, numbers in found.items()}
+
+
+def is_number(text: str) -> bool:
+    """ASCII digits: `int` reads it."""
+    return text.isascii() and text.isdigit()
 
 
 def merged(drawings: Iterable[Drawing]) -> frozenset[str]:
@@ -197,12 +206,11 @@ def floats(header: Header, keyword: str) -> NDArray[np.float64] | None:
 
 
 def planes(header: Header) -> list[Plane | None]:
-    """The plane of every frame: of the instance (PS3.3 C.7.6.2), or of its functional groups (C.7.6.16.2)."""
+    """The plane of every frame: of the instance (PS3.3 C.7.6.2), or of its functional groups (C.7.6.16.2); else []."""
     groups = header.items_of("PerFrameFunctionalGroupsSequence")
     shared = next(iter(header.items_of("SharedFunctionalGroupsSequence")), Header({}))
     if not groups and not shared:
-        frames = int(header.number("NumberOfFrames") or 1)
-        return [_plane(header, header, header) if frames == 1 else None] * frames
+        return [_plane(header, header, header)] if (header.number("NumberOfFrames") or 1) == 1 else []
 
     def part(group: Header, keyword: str) -> Header:
         return next(iter(group.items_of(keyword) or shared.items_of(keyword)), Header({}))
@@ -220,7 +228,9 @@ def _plane(position: Header, orientation: Header, measures: Header) -> Plane | N
     if origin is None or axes is None or spacing is None or (len(origin), len(axes), len(spacing)) != (3, 6, 2):
         return None
     column, row = axes[:3], axes[3:]
-    if min(spacing) <= 0 or abs(column @ row) > 1e-3 or min(column @ column, row @ row) < 0.9:
+    if np.abs(axes).max() > 1.1 or np.abs(origin).max() > FARTHEST_MM or not 0 < spacing.min() <= spacing.max() <= 1e3:
+        return None
+    if abs(column @ row) > 1e-3 or min(column @ column, row @ row) < 0.9:
         return None
     thickness = measures.number("SpacingBetweenSlices") or measures.number("SliceThickness") or 0.0
     return Plane(origin, column * spacing[1], row * spacing[0], abs(thickness))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dicom_node.pixels import roi_raster
 from dicom_node.pixels.roi_model import (
+    FARTHEST_MM,
     Contour,
     FrameReader,
     Outline,
@@ -30,6 +31,7 @@ from dicom_node.pixels.roi_seg import spacing
 from dicom_node.study import Header, Instance
 
 Mask = NDArray[np.bool_]
+MAX_FRAMES = 100_000
 _FLAT_MM = 1.0
 """A contour may leave its plane by this much (decimal strings, oblique slices)."""
 _FINER = 4
@@ -116,6 +118,8 @@ def _frames(said: frozenset[int], order: int, of: int, count: int) -> Iterable[i
         if not all(1 <= n <= count for n in said):
             raise UnreadableError("a region refers to a frame that the image does not have")
         return said
+    if count > MAX_FRAMES:
+        raise UnreadableError("the image has too many frames")
     if of == 1 or count == 1:
         return range(1, count + 1)
     if of == count:
@@ -281,6 +285,8 @@ def _contour_slabs(contours: list[Contour], grid: Grid) -> Iterator[_Slab]:
 
 def _flatten(contour: Contour, like: Vector | None) -> _Flat:
     points = contour.points
+    if np.abs(points).max(initial=0.0) > FARTHEST_MM:
+        raise UnreadableError("an outline lies outside of every image")
     area = np.cross(points - points[0], np.roll(points, -1, axis=0) - points[0]).sum(axis=0)  # Newell's normal
     length = float(np.linalg.norm(area))
     if len(points) < 3 or length < 1e-9:

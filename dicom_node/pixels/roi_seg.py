@@ -26,6 +26,7 @@ from dicom_node.study import Header, Instance
 SEGMENTATION: Final = "1.2.840.10008.5.1.4.1.1.66.4"
 LABEL_MAP: Final = "1.2.840.10008.5.1.4.1.1.66.7"
 SURFACE: Final = "1.2.840.10008.5.1.4.1.1.66.5"
+MAX_SEGMENTS: Final = 1000
 CLASSES: Final = frozenset({SEGMENTATION, LABEL_MAP, SURFACE})
 
 
@@ -35,30 +36,36 @@ def regions(instance: Instance) -> Iterator[Region]:
     defect = _defect(instance)
     whole = _whole(header)
     by_segment: dict[int, list[Raster]] = {}
+    every: list[Raster] = []
     groups = header.items_of("PerFrameFunctionalGroupsSequence")
     shared = next(iter(header.items_of("SharedFunctionalGroupsSequence")), Header({}))
     where = planes(header) if not defect else []
     for frame, group in enumerate(groups, start=1):
         raster = Raster(frame, _derived(group, shared), where[frame - 1] if not defect else None)
-        for number in _numbers(group, shared, header):
+        every.append(raster)
+        for number in _numbers(group, shared):
             by_segment.setdefault(number, []).append(raster)
     background = header.number("PixelPaddingValue") if _is_label_map(header) else None
-    for segment in sorted(header.items_of("SegmentSequence"), key=lambda s: s.number("SegmentNumber") or 0.0):
-        if (segment.number("SegmentNumber") or 0.0) in (0.0, background):
-            continue  # a label map describes its background as a segment (PS3.3 C.8.20.2)
-        yield _region(instance, segment, by_segment, whole, defect)
+    segments = header.items_of("SegmentSequence")
+    if len(segments) > MAX_SEGMENTS:
+        segments, defect = segments[:1], f"more than {MAX_SEGMENTS} segments"
+    for segment in sorted(segments, key=lambda s: s.number("SegmentNumber") or 0.0):
+        number = int(segment.number("SegmentNumber") or 0)
+        if number not in (0, background):  # a label map describes its background as a segment (PS3.3 C.8.20.2)
+            yield _region(
+                instance, segment, every if _is_label_map(header) else by_segment.get(number, []), whole, defect
+            )
 
 
 def _region(
     instance: Instance,
     segment: Header,
-    by_segment: dict[int, list[Raster]],
+    rasters: list[Raster],
     whole: dict[str, frozenset[int]],
     defect: str,
 ) -> Region:
     header = instance.header
     number = int(segment.number("SegmentNumber") or 0)
-    rasters = by_segment.get(number, [])
     if not defect and not merged(rasters):
         rasters, why = _by_object(rasters, whole)
         defect = defect or why
@@ -95,10 +102,8 @@ def _is_label_map(header: Header) -> bool:
     return header.text("SOPClassUID") == LABEL_MAP or header.text("SegmentationType") == "LABELMAP"
 
 
-def _numbers(group: Header, shared: Header, header: Header) -> Sequence[int]:
-    """Segments that a frame shows: one, or in a label map any."""
-    if _is_label_map(header):
-        return [int(s.number("SegmentNumber") or 0) for s in header.items_of("SegmentSequence")]
+def _numbers(group: Header, shared: Header) -> Sequence[int]:
+    """The segment that a frame shows."""
     key = "SegmentIdentificationSequence"
     return [int(i.number("ReferencedSegmentNumber") or 0) for i in group.items_of(key) or shared.items_of(key)][:1]
 

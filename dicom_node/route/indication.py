@@ -17,15 +17,6 @@ from dicom_node.route.text import fold, regex_found
 from dicom_node.route.verdict import Answer, Check
 from dicom_node.study import Header
 
-SEGMENTATIONS: Final = frozenset(
-    {
-        "1.2.840.10008.5.1.4.1.1.66.4",  # Segmentation
-        "1.2.840.10008.5.1.4.1.1.66.5",  # Surface Segmentation
-        "1.2.840.10008.5.1.4.1.1.66.7",  # Label Map Segmentation
-    }
-)
-RT_STRUCTURE_SET: Final = "1.2.840.10008.5.1.4.1.1.481.3"
-PRESENTATION_STATES: Final = ("1.2.840.10008.5.1.4.1.1.11.",)
 STRUCTURED_REPORTS: Final = "1.2.840.10008.5.1.4.1.1.88."
 KEY_OBJECT_SELECTION: Final = "1.2.840.10008.5.1.4.1.1.88.59"
 MAX_CONTENT_ITEMS: Final = 20_000
@@ -72,27 +63,14 @@ def _best(checks: list[Check], key: str, expected: Matcher) -> Check:
 
 
 def _check_roi(expected: Matcher, study: StudyFacts) -> Check:
-    found = sorted({kind for i in study.instances if (kind := roi_kind(i.header))})
+    from dicom_node.pixels import roi  # the one reader of regions; numpy is loaded where a route asks for it
+
+    found = sorted(roi.kinds(study.instances))
     answer: Answer = compare(expected, ("YES",) if found else ())
     if expected is False:
         answer = "NO" if found else "YES"
     expected_words = "is drawn" if expected is True else in_words(expected)
     return Check("indication", "roi", expected_words, ", ".join(found), answer)
-
-
-def roi_kind(header: Header) -> str:
-    """SEG, RTSTRUCT, SR or GSPS when the object draws a region of interest; else ""."""
-    sop_class = header.text("SOPClassUID")
-    if sop_class in SEGMENTATIONS:
-        return "SEG"
-    if sop_class == RT_STRUCTURE_SET:
-        return "RTSTRUCT"
-    if sop_class.startswith(PRESENTATION_STATES):
-        annotations = header.items_of("GraphicAnnotationSequence")
-        return "GSPS" if any(a.items_of("GraphicObjectSequence") for a in annotations) else ""
-    if is_report(sop_class) and any(i.text("ValueType") in ("SCOORD", "SCOORD3D") for i in content_items(header)):
-        return "SR"
-    return ""
 
 
 def is_report(sop_class_uid: str) -> bool:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import highdicom as hd
 import numpy as np
@@ -25,8 +30,9 @@ from roi_files import (
 )
 
 from dicom_node.pixels import roi
-from dicom_node.pixels.decode import PixelDecoder
+from dicom_node.pixels.decode import PixelDecoder, PixelsUndecodableError
 from dicom_node.result import Refusal, RefusalCode
+from dicom_node.study import Header, Study
 
 SQUARE = [[10.0, 5.0], [20.0, 5.0], [20.0, 12.0], [10.0, 12.0], [10.0, 5.0]]
 """Columns 10..19, rows 5..11."""
@@ -252,6 +258,76 @@ def test_masks_are_read_only_and_the_box_spans_all_frames(files: Files) -> None:
         only.masks[2][0, 0] = True
     with pytest.raises(TypeError):
         only.masks[3] = only.masks[2]  # type: ignore[index]
+
+
+# --- whatever stands in a header -------------------------------------------------------------------------------------
+
+JUNK: list[Any] = [
+    "",
+    "x",
+    "\u00b2",
+    -1,
+    0,
+    10**18,
+    1e300,
+    float(2**40),
+    [],
+    [1.0],
+    ["a", 2],
+    [{}],
+    "1.2.3",
+    [9, 9, 9, 9, 9, 9],
+]
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*path, key)
+        if isinstance(inner, dict | list):
+            yield from leaves(inner, (*path, key))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_header_makes_a_reader_fail(files: Files, seed: int) -> None:
+    """Objects of every kind with values taken out or replaced: an answer or a refusal, never an error."""
+    affine, shape = np.diag([1.0, 1.0, 3.0, 1.0]), (2, 40, 50)
+    slices = files.mr(*shape, affine)
+    files.seg(slices, np.stack([box(3, 4, 8, 9), box(3, 4, 9, 9)]))
+    rtstruct(files, [("a", [np.array([[1, 1, 0], [6, 1, 0], [6, 4, 0], [1, 4, 0]])])], slices[:1])
+    report(
+        files,
+        [scoord("POLYLINE", SQUARE, reference(slices[0])), scoord("CIRCLE", [[9, 9], [9, 12]], reference(slices[0]))],
+    )
+    shown = item(DisplayedAreaTopLeftHandCorner=[1, 1], DisplayedAreaBottomRightHandCorner=[50, 40])
+    drawn = [
+        graphic("INTERPOLATED", SQUARE),
+        graphic("ELLIPSE", [[0.1, 0.5], [0.3, 0.5], [0.2, 0.4], [0.2, 0.6]], "DISPLAY"),
+    ]
+    gsps(files, [annotation(drawn)], slices[:1], DisplayedAreaSelectionSequence=[shown], ImageRotation=90)
+    rng = np.random.default_rng(seed)
+    uids = frozenset(str(s.SOPInstanceUID) for s in slices)
+    answers = set()
+    for _ in range(150):
+        kind = int(rng.integers(2, 6))  # one kind at a time: the most trusted would hide the others
+        original = files.instances[kind]
+        values = original.header.to_json()
+        places = list(leaves(values))
+        for place in (places[i] for i in rng.integers(0, len(places), rng.integers(1, 4))):
+            with contextlib.suppress(KeyError, IndexError, TypeError):  # what is above it has gone already
+                inner: Any = values
+                for key in place[:-1]:
+                    inner = inner[key]
+                inner[place[-1]] = JUNK[rng.integers(len(JUNK))]
+        changed = replace(original, header=Header.from_json(values))
+        study = Study.from_instances(files.study_uid, 1, [*files.instances[:2], changed])
+        roi.kinds(study.instances)
+        roi.marking(study, files.instances[:1])
+        with warnings.catch_warnings(), contextlib.suppress(PixelsUndecodableError):
+            warnings.simplefilter("ignore", RuntimeWarning)
+            found = roi.planar_rois(study, files.instances[0], PixelDecoder())
+            stack = roi.volume_rois(study, uids, shape, affine, files.frame_uid, PixelDecoder())
+            answers |= {str(a.code) if isinstance(a, Refusal) else f"{len(a)}" for a in (found, stack)}
+    assert {"ROI_UNREADABLE", "0", "1"} <= answers
 
 
 # --- the locator -----------------------------------------------------------------------------------------------------

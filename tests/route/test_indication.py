@@ -31,28 +31,48 @@ def finding(value: str, scheme: str, meaning: str, *children: dict[str, Any], ho
 
 
 GROUP = {"ValueType": "CONTAINER", "RelationshipType": "CONTAINS"}
-REGION = {"ValueType": "SCOORD", "RelationshipType": "INFERRED FROM"}
+REGION = {
+    "ValueType": "SCOORD", "RelationshipType": "INFERRED FROM", "GraphicType": "POLYLINE",
+    "GraphicData": [1.0, 1.0, 9.0, 1.0, 9.0, 9.0, 1.0, 1.0],
+}  # fmt: skip
+LINE = REGION | {"GraphicData": [1.0, 1.0, 9.0, 1.0]}
+CONTOUR = {"ContourGeometricType": "CLOSED_PLANAR", "ContourData": [0.0, 0.0, 0.0, 9.0, 0.0, 0.0, 9.0, 9.0, 0.0]}
+STRUCTURES = {
+    "SOPClassUID": "1.2.840.10008.5.1.4.1.1.481.3", "Modality": "RTSTRUCT",
+    "StructureSetROISequence": [{"ROINumber": 1, "ROIName": "lesion"}],
+    "ROIContourSequence": [{"ReferencedROINumber": 1, "ContourSequence": [CONTOUR]}],
+}  # fmt: skip
+
+
+def presentation_state(shape: str, *points: float) -> dict[str, Any]:
+    graphic = {"GraphicType": shape, "GraphicAnnotationUnits": "PIXEL", "GraphicData": list(points)}
+    return {
+        "SOPClassUID": "1.2.840.10008.5.1.4.1.1.11.1",
+        "Modality": "PR",
+        "GraphicAnnotationSequence": [{"GraphicObjectSequence": [graphic]}],
+        "ReferencedSeriesSequence": [{"ReferencedImageSequence": [{"ReferencedSOPInstanceUID": "1.2"}]}],
+    }
 
 
 @pytest.mark.parametrize(
     ("objects", "found"),
     [
         ([], False),
-        ([{"SOPClassUID": "1.2.840.10008.5.1.4.1.1.66.4", "Modality": "SEG"}], True),
-        ([{"SOPClassUID": "1.2.840.10008.5.1.4.1.1.481.3", "Modality": "RTSTRUCT"}], True),
-        ([report({**GROUP, "ContentSequence": [{**GROUP, "ContentSequence": [REGION]}]})], True),
-        ([report({**GROUP, "ContentSequence": [finding("27925004", "SCT", "Nodule")]})], False),
-        ([report(REGION, sop_class="1.2.840.10008.5.1.4.1.1.88.59")], False),  # a Key Object Selection
+        ([{"SOPClassUID": "1.2.840.10008.5.1.4.1.1.66.4", "SegmentSequence": [{"SegmentNumber": 1}]}], True),
+        ([STRUCTURES], True),
         (
             [
-                {
-                    "SOPClassUID": "1.2.840.10008.5.1.4.1.1.11.1",
-                    "Modality": "PR",
-                    "GraphicAnnotationSequence": [{"GraphicObjectSequence": [{"GraphicType": "POLYLINE"}]}],
-                }
+                STRUCTURES
+                | {"RTROIObservationsSequence": [{"ReferencedROINumber": 1, "RTROIInterpretedType": "EXTERNAL"}]}
             ],
-            True,
+            False,
         ),
+        ([report({**GROUP, "ContentSequence": [{**GROUP, "ContentSequence": [REGION]}]})], True),
+        ([report({**GROUP, "ContentSequence": [LINE]})], False),  # a caliper encloses nothing
+        ([report({**GROUP, "ContentSequence": [finding("27925004", "SCT", "Nodule")]})], False),
+        ([report(REGION, sop_class="1.2.840.10008.5.1.4.1.1.88.59")], False),  # a Key Object Selection
+        ([presentation_state("CIRCLE", 5.0, 5.0, 5.0, 9.0)], True),
+        ([presentation_state("POLYLINE", 5.0, 5.0, 5.0, 9.0)], False),  # an arrow
         ([{"SOPClassUID": "1.2.840.10008.5.1.4.1.1.11.1", "Modality": "PR"}], False),  # window and level only
     ],
 )
