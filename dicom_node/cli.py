@@ -63,6 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     engines = commands.add_parser("engines", help="tasks and model packages")
     actions = engines.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", parents=[common, printing], help="what is installed, and whether it is accepted here")
+    install = actions.add_parser(
+        "install", parents=[common, printing], help="check a package and copy it below the store root; not yet active"
+    )
+    install.add_argument("folder", type=Path, metavar="DIR", help="the package: the folder that holds manifest.yaml")
+    activate = actions.add_parser("activate", parents=[common], help="put an installed package to use, now")
+    activate.add_argument("task", metavar="TASK")
+    activate.add_argument("version", metavar="VERSION")
+    rollback = actions.add_parser("rollback", parents=[common], help="go back to the package before, now")
+    rollback.add_argument("task", metavar="TASK")
+    verify = actions.add_parser(
+        "verify", parents=[common, printing], help="hash every package again and replay its golden cases"
+    )
+    verify.add_argument("task", nargs="?", metavar="TASK")
     return parser
 
 
@@ -136,6 +149,20 @@ def _operate(args: argparse.Namespace, config: Any) -> int:
     if args.command == "echo":
         answer, code = operate.echo(config, args.destination)
         return _show(args, answer, operate.echo_text, code)
+    return _engines(args, config)
+
+
+def _engines(args: argparse.Namespace, config: Any) -> int:
+    from dicom_node.service import operate
+
+    if args.action == "install":
+        return _show(args, operate.engines_install(config, args.folder), operate.install_text)
+    if args.action == "verify":
+        verified, code = operate.engines_verify(config, args.task)
+        return _show(args, verified, operate.verify_text, code)
+    if args.action in ("activate", "rollback"):
+        print(operate.switch(config, args.action, args.task, getattr(args, "version", "")))
+        return 0
     return _show(args, operate.engines_list(config), operate.engines_text)
 
 

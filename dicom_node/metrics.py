@@ -97,6 +97,12 @@ CATALOGUE: dict[str, Metric] = {
         _gauge(
             "engine_accepted", "1 = the engine passed its golden test on this machine and runs.", "engine", "backend"
         ),
+        _counter(
+            "package_switches",
+            "Orders to use another model package: activated, rolled_back, or refused (the one in use stays).",
+            "engine",
+            "outcome",
+        ),
         _histogram("probability", "Calibrated probabilities of results: watch it for drift.", _TENTHS, "route"),
         _histogram(
             "ood_ratio", "Out-of-distribution distance over the package's limit; above 1 is refused.", _RATIO, "route"

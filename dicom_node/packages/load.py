@@ -25,13 +25,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from dicom_node.errors import PackageError
+from dicom_node.packages.fused import check_fusion
 from dicom_node.packages.schema import ClinicalEntry, Manifest, Task
 
 MAX_YAML_BYTES = 1 << 20
 MAX_ARRAY_BYTES = 512 << 20
 """Unpacked, one `.npz`: a compressed megabyte may claim a terabyte."""
 ACTIVE = "active"
-"""`<root>/models/<task>/active` names the version in use; without it the task's own demonstration package is."""
+"""`<root>/models/<task>/active` names the version in use, below it those before; without it the task's own
+demonstration package is."""
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -117,15 +119,22 @@ def active_package(task: TaskFolder, root: Path, *, require_signature: bool = Fa
     """The installed package in use, else the demonstration package that comes with the task. Raises PackageError."""
     installed = root / "models" / task.task.task
     marker = installed / ACTIVE
-    version = _text(marker).strip() if marker.is_file() else None
+    version = (_text(marker).splitlines() or [""])[0].strip() if marker.is_file() else None
     if version is not None and version not in _names(installed):  # also keeps ".." out of the path
         raise PackageError(f"{task.task.task}: the active version {version[:32]!r} is not installed")
     folder = task.folder / "model" if version is None else installed / version
+    package = package_for(task, folder, root, require_signature=require_signature)
+    if version is not None and package.manifest.version != version:
+        raise PackageError(f"{folder.name}: its manifest says version {package.manifest.version}")
+    return package
+
+
+def package_for(task: TaskFolder, folder: Path, root: Path, *, require_signature: bool = False) -> ModelPackage:
+    """The package in a folder, which must be this task's. Raises PackageError."""
     package = load_package(folder, keys=root / "keys" if require_signature else None)
     if package.manifest.task != task.task.task:
         raise PackageError(f"{folder.name}: made for {package.manifest.task}, not for {task.task.task}")
-    if version is not None and package.manifest.version != version:
-        raise PackageError(f"{folder.name}: its manifest says version {package.manifest.version}")
+    check_fusion(task.task, package.manifest)
     return package
 
 

@@ -42,9 +42,10 @@ def connect(folder: Path, timeout: float | None = 10.0) -> socket.socket:
     return s
 
 
-def ask(folder: Path, message: Message) -> Message:
-    """One question, one answer. Raises OSError when no node runs on this root."""
+def ask(folder: Path, message: Message, *, patience: float = 10.0) -> Message:
+    """One question, one answer; {} where none came. Raises OSError when no node runs on this root."""
     with connect(folder) as s:
+        s.settimeout(patience)
         s.sendall(json.dumps(message).encode() + b"\n")
         return next(lines(s), {})
 

@@ -29,7 +29,7 @@ from dicom_node.packages import task_of, wanted_of
 from dicom_node.pixels.decode import available_decoders
 from dicom_node.report.stage import ReportStage
 from dicom_node.route.stage import RouteStage
-from dicom_node.service import upkeep
+from dicom_node.service import models, upkeep
 from dicom_node.service.control import ControlServer, Message
 from dicom_node.service.listening import Child, ListenerProcess, ListenerView
 from dicom_node.service.loops import StageLoop
@@ -73,6 +73,7 @@ class Node:
         )
         self._trail = Trail(config, self.ledger, audit)
         self._workers = self._make_workers()
+        self._switch = models.Switch(config, self.ledger, self.log, self.metrics, self._workers)
         self._stages: list[DeliverStage] = []
         self._ledger_writable = True
         self._warming: set[WorkerClient] = set()
@@ -261,6 +262,8 @@ class Node:
         if message.get("kind") == "explain":
             self._trail.ordered("explain", str(message.get("study", ""))[:64])
             return {"text": "noted"}
+        if message.get("kind") in models.KINDS:
+            return self._switch.apply(message)
         answer = apply_command(self.ledger, message)
         if "text" in answer:
             self._trail.ordered(str(message["kind"]), str(message["study"]))

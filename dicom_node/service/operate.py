@@ -1,4 +1,4 @@
-"""What the operator asks and orders: `status`, `explain`, `check`, `echo`, `retry`, `complete`, `engines list`.
+"""What the operator asks and orders: `status`, `explain`, `check`, `echo`, `retry`, `complete`, `engines …`.
 
 Each question has a function that answers in plain data (the public JSON shape) and one that writes it as text.
 Reads the ledger read-only; orders go to the running node over its control socket, which alone writes.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from dicom_node.store import inspect
 from dicom_node.store.ledger import Ledger, open_read_only
 
 Answer = dict[str, Any]
+ANSWER_SECONDS = 10.0
+SWITCH_SECONDS = 180.0
+"""A switch waits for the job in hand, then loads the package in every worker."""
 
 
 # -- status
@@ -165,6 +169,64 @@ def engines_text(answer: list[Answer]) -> str:
     return "\n".join(lines) or "no task folder under engines.path"
 
 
+def engines_install(config: Config, folder: Path) -> Answer:
+    """Check a package and copy it below the store root; not yet active."""
+    from dicom_node.service import models
+
+    return models.install(config, folder)
+
+
+def install_text(answer: Answer) -> str:
+    """For a terminal."""
+    name = f"{answer['task']} {answer['version']} ({answer['intended_use']}), digest {answer['digest'][:16]}…"
+    if answer["already_installed"]:
+        return f"{name}: installed already"
+    lines = [_acceptance(line) for line in answer["accepted"]]
+    return "\n".join(
+        [*lines, f"{name}: installed; `engines activate {answer['task']} {answer['version']}` puts it to use"]
+    )
+
+
+def _acceptance(line: Answer) -> str:
+    said = f"off by {line['worst']:.1e} of {line['tolerance']:.1e} allowed"
+    return f"  {line['model']} on {line['backend']} {line['precision']}: {line['cases']} golden cases, {said}"
+
+
+def engines_verify(config: Config, task: str | None) -> tuple[list[Answer], int]:
+    """Hash every package again and replay its golden cases. Raises UnknownTargetError."""
+    from dicom_node.service import models
+
+    return models.verify(config, task)
+
+
+def verify_text(answer: list[Answer]) -> str:
+    """For a terminal."""
+    lines = []
+    for line in answer:
+        about = f"{line['task']:<16}{line['version'] or '?':<18}{line['state']:<17}"
+        lines.append(f"{about}{(line['digest'] or '')[:16]:<18}{'ok' if line['ok'] else 'REFUSED: ' + line['reason']}")
+        lines += [_acceptance(accepted) for accepted in line["accepted"]]
+    return "\n".join(lines) or "no package"
+
+
+def switch(config: Config, kind: str, task: str, version: str = "") -> str:
+    """`activate` or `rollback`, by the running node between two jobs, or here when no node runs on this root."""
+    from dicom_node.service import models
+
+    models.task_folder(config, task)
+    message: Message = {"kind": kind, "task": task, "version": version}
+    patience = config.infer.timeout_seconds + SWITCH_SECONDS
+    return _ordered(config, message, lambda ledger: _switch_here(config, ledger, message), patience)
+
+
+def _switch_here(config: Config, ledger: Ledger, message: Message) -> Message:
+    from dicom_node.log import Log
+    from dicom_node.metrics import NullRecorder
+    from dicom_node.service import models
+
+    return models.Switch(config, ledger, Log.null(), NullRecorder(), []).apply(message)
+
+
 # -- infer, check: see their own files
 
 
@@ -207,17 +269,23 @@ def check_text(answer: Answer) -> str:
 def command(config: Config, kind: str, study_uid: str, *, accept_conflict: bool = False) -> str:
     """`retry` or `complete`, by the running node, or on the ledger itself when no node runs on this root."""
     message: Message = {"kind": kind, "study": study_uid, "accept_conflict": accept_conflict}
+    return _ordered(config, message, lambda ledger: apply_command(ledger, message))
+
+
+def _ordered(
+    config: Config, message: Message, here: Callable[[Ledger], Message], patience: float = ANSWER_SECONDS
+) -> str:
     try:
-        answer = ask(config.store.root / "run", message)
+        answer = ask(config.store.root / "run", message, patience=patience)
     except OSError:
         from dicom_node.store.files import lock_root
 
         with lock_root(config.store.root, "work"):
             ledger = Ledger(config.store.root, config.store.ledger)
-            answer = apply_command(ledger, message)
+            answer = here(ledger)
             ledger.close()
     if answer.get("error") == "unknown study":
-        raise UnknownTargetError(f"no study {study_uid} in the ledger of {config.store.root}")
-    if "error" in answer:
-        raise NodeError(str(answer["error"]))
+        raise UnknownTargetError(f"no study {message['study']} in the ledger of {config.store.root}")
+    if "text" not in answer:
+        raise NodeError(str(answer.get("error", "the node gave no answer")))
     return str(answer["text"])

@@ -9,6 +9,7 @@ the spool as `.npy` files.
 
     parent → setup                     child → loading {task} …, ready {engines}
     parent → job {id, route, …}        child → metrics {deltas}?, done {id, outcome, result | refusal | error}
+    parent → load {task, candidate}    child → loaded {engine}: another package, between two jobs
 """
 
 from dicom_node.worker.client import Reply, WorkerClient

@@ -77,14 +77,26 @@ class Worker:
             loading(task)
             self.engines[task] = guarded(partial(self._load, task))
 
-    def _load(self, task: str) -> Loaded:
+    def load(self, task: str, candidate: str | None) -> dict[str, Any]:
+        """Between two jobs: the active package of a task, or a candidate, in place of the one that serves.
+
+        One that is refused takes nobody's place.
+        """
+        engine = guarded(lambda: self._load(task, None if candidate is None else Path(candidate)))
+        if isinstance(engine, Fault):
+            return {"error": engine.text}
+        self.engines[task] = engine
+        return engine.told()
+
+    def _load(self, task: str, candidate: Path | None = None) -> Loaded:
         if self._infer.runtime not in ("auto", "onnx"):
             raise PackageError(f"infer.runtime is {self._infer.runtime}; this version runs onnx")
         folder = packages.find_tasks(self._engines.path).get(task)
         if folder is None:
             raise PackageError(f"no task {task} under engines.path")
         threads = max(1, len(os.sched_getaffinity(0)) // self._infer.workers_per_device)
-        return load_engine(folder, self._root, require_signature=self._engines.require_signature, threads=threads)
+        signed = self._engines.require_signature
+        return load_engine(folder, self._root, require_signature=signed, threads=threads, candidate=candidate)
 
     def told(self) -> dict[str, Any]:
         """What `ready` says of each engine."""
@@ -155,6 +167,9 @@ def _serve(wire: Wire) -> None:
     wire.send({"kind": "ready", "engines": worker.told()})
     while True:
         job = wire.receive()
+        if job["kind"] == "load":
+            wire.send({"kind": "loaded", "engine": worker.load(job["task"], job["candidate"])})
+            continue
         answer = {"kind": "done", "id": job["id"]} | worker.answer(job)
         if deltas := worker.deltas.drain():
             wire.send({"kind": "metrics", "deltas": deltas})

@@ -152,6 +152,34 @@ class WorkerClient:
                 self._lose(child, e.reason, e.text)
                 raise WorkerError(e.text) from None
 
+    def load(self, task: str, candidate: Path | None = None) -> dict[str, Any]:
+        """Put the active package of a task to use, or a candidate, when the job in hand is done.
+
+        What the child says of it: with an `error` the package before it serves on. Raises WorkerError when the child
+        is lost over it (the next one loads the active package), and NodeStoppingError.
+        """
+        message = {"kind": "load", "task": task, "candidate": None if candidate is None else str(candidate.absolute())}
+        with self._lock:
+            child = self._ensure()
+            try:
+                told = _loaded(child.ask(message, time.monotonic() + START_SECONDS, self._merge))
+            except _LostError as e:
+                self._lose(child, e.reason, e.text)
+                raise WorkerError(f"while the package was loaded: {e.text}") from None
+            if not told["error"]:
+                self._load_crashes.pop(task, None)
+                self._suspects.pop(task, None)
+                self._engines[task] = told
+                self._tell({task: told})
+        return told
+
+    def digest(self, task: str) -> str | None:
+        """Of the package that serves a task, in a child that runs. Raises WorkerError, NodeStoppingError."""
+        with self._lock:
+            self._ensure()
+            digest: str | None = self._engines.get(task, {}).get("digest")
+            return digest
+
     def close(self) -> None:
         """End the child now, also in the middle of a job."""
         self._closing.set()
@@ -193,7 +221,7 @@ class WorkerClient:
         self._failed_starts = 0
         self._engines = engines | {task: {"error": text} for task, text in self._load_crashes.items()}
         self._ready = True
-        self._tell()
+        self._tell(self._engines)
         return child
 
     def _suspect(self, tasks: list[str], text: str) -> None:
@@ -202,8 +230,8 @@ class WorkerClient:
             if self._suspects[task] >= MAX_LOAD_CRASHES:
                 self._load_crashes[task] = f"left out until the next start of the node: while it was loaded, {text}"
 
-    def _tell(self) -> None:
-        for task, told in sorted(self._engines.items()):
+    def _tell(self, engines: Mapping[str, Any]) -> None:
+        for task, told in sorted(engines.items()):
             self._recorder.set("dicom_node_engine_accepted", float(not told["error"]), engine=task, backend="onnx")
             if told["error"]:
                 self._log.error("engine_refused", engine=task, error=told["error"])
@@ -295,6 +323,13 @@ class _Child:
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
+
+
+def _loaded(answer: Mapping[str, Any]) -> dict[str, Any]:
+    engine = answer.get("engine")
+    if answer.get("kind") != "loaded" or not isinstance(engine, dict) or not isinstance(engine.get("error"), str):
+        raise _LostError("protocol", "the worker said something else than loaded")
+    return engine
 
 
 def _reply(answer: Mapping[str, Any], job_id: int) -> Reply:

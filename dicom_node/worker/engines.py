@@ -100,14 +100,22 @@ class Loaded:
         )  # fmt: skip
 
 
-def load_engine(folder: Path, root: Path, *, require_signature: bool, threads: int) -> Loaded:
-    """Task, package, code, sessions; every model replays its golden cases. Raises PackageError naming the step."""
+def load_engine(
+    folder: Path, root: Path, *, require_signature: bool, threads: int, candidate: Path | None = None
+) -> Loaded:
+    """Task, package (the active one, or a candidate in a folder), code, sessions; every model replays its golden cases.
+
+    Raises PackageError naming the step.
+    """
     started = time.monotonic()
     task = packages.load_task(folder)
     if task.missing_libraries:
         raise PackageError(f"not available: install {', '.join(task.missing_libraries)}")
-    package = packages.active_package(task, root, require_signature=require_signature)
-    _check_fusion(task.task, package)
+    if candidate is None:
+        package = packages.active_package(task, root, require_signature=require_signature)
+    else:
+        package = packages.package_for(task, candidate, root, require_signature=require_signature)
+    packages.check_graphs(package)
     engine = cast(Engine, load_module(folder))
     sessions: dict[str, Session] = {}
     accepted = []
@@ -118,19 +126,6 @@ def load_engine(folder: Path, root: Path, *, require_signature: bool, threads: i
         sessions[name] = session
     _check_explained(package)
     return Loaded(task.task, package, engine, sessions, tuple(accepted), time.monotonic() - started)
-
-
-def _check_fusion(task: Task, package: ModelPackage) -> None:
-    """A nomogram may ask only for what the task collects, and its covariance must be one."""
-    spec = package.manifest.fusion
-    if spec is None:
-        return
-    unknown = {term.name for term in spec.terms} - {"logit"} - {entry.name for entry in task.clinical}
-    if unknown:
-        raise PackageError(f"fusion: the task has no clinical value {', '.join(sorted(unknown))}")
-    covariance = np.array(spec.covariance)
-    if not np.allclose(covariance, covariance.T) or np.linalg.eigvalsh(covariance).min() < -1e-9 * covariance.max():
-        raise PackageError("fusion: covariance is not symmetric positive semidefinite")
 
 
 def _check_explained(package: ModelPackage) -> None:
