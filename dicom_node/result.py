@@ -43,12 +43,27 @@ class RefusalCode(enum.StrEnum):
     ROI_REQUIRED = "ROI_REQUIRED"
     ROI_AMBIGUOUS = "ROI_AMBIGUOUS"
     ROI_UNREADABLE = "ROI_UNREADABLE"
+    PHASES_UNSEPARABLE = "PHASES_UNSEPARABLE"
+    PHASES_AMBIGUOUS = "PHASES_AMBIGUOUS"
+    PHASE_LABEL_CONFLICT = "PHASE_LABEL_CONFLICT"
+    PHASE_TIME_INVALID = "PHASE_TIME_INVALID"
+    PHASE_MISSING = "PHASE_MISSING"
+    DIXON_WATER_MISSING = "DIXON_WATER_MISSING"
+    SLICE_MISSING = "SLICE_MISSING"
+    SLICE_DUPLICATE = "SLICE_DUPLICATE"
+    SLICE_SPACING_UNEVEN = "SLICE_SPACING_UNEVEN"
+    GEOMETRY_MIXED = "GEOMETRY_MIXED"
+    GEOMETRY_SHEAR = "GEOMETRY_SHEAR"
+    FRAME_OF_REFERENCE_MISMATCH = "FRAME_OF_REFERENCE_MISMATCH"
+    PHASE_COVERAGE = "PHASE_COVERAGE"
+    PIXEL_FORMAT_MISMATCH = "PIXEL_FORMAT_MISMATCH"
     # predict: pixels
     PIXELS_UNDECODABLE = "PIXELS_UNDECODABLE"
     FRAME_TIME_INVALID = "FRAME_TIME_INVALID"
     CEUS_PANEL_AMBIGUOUS = "CEUS_PANEL_AMBIGUOUS"
     CONTRAST_ARRIVAL_NOT_FOUND = "CONTRAST_ARRIVAL_NOT_FOUND"
     TOO_FEW_FRAMES = "TOO_FEW_FRAMES"
+    SLICE_EMPTY = "SLICE_EMPTY"
     # the node's own gate
     OUT_OF_DISTRIBUTION = "OUT_OF_DISTRIBUTION"
 
@@ -72,11 +87,34 @@ _SENTENCES: dict[RefusalCode, str] = {
     RefusalCode.ROI_REQUIRED: "The engine needs a region of interest and the study holds none.",
     RefusalCode.ROI_AMBIGUOUS: "Several objects mark different regions on one image, and nothing says which holds.",
     RefusalCode.ROI_UNREADABLE: "An object marks a region on these images that cannot be placed on them.",
+    RefusalCode.PHASES_UNSEPARABLE: (
+        "Several images lie at each slice position, and no attribute divides them into phases exactly."
+    ),
+    RefusalCode.PHASES_AMBIGUOUS: (
+        "The evidence on which image belongs to which phase, or in which order, contradicts itself."
+    ),
+    RefusalCode.PHASE_LABEL_CONFLICT: "What a phase is called contradicts its time, its order, or its other names.",
+    RefusalCode.PHASE_TIME_INVALID: "The times of the phases cannot be compared.",
+    RefusalCode.PHASE_MISSING: "The study does not hold every contrast phase that is needed, in increasing order.",
+    RefusalCode.DIXON_WATER_MISSING: "Of a Dixon acquisition there are parts, but not the water images.",
+    RefusalCode.SLICE_MISSING: "A slice is missing from a stack.",
+    RefusalCode.SLICE_DUPLICATE: "Two slices of one stack lie at one position.",
+    RefusalCode.SLICE_SPACING_UNEVEN: "The slices of a stack are not equally spaced.",
+    RefusalCode.GEOMETRY_MIXED: (
+        "Slices of one stack differ in orientation, size or pixel spacing, or do not say where they lie."
+    ),
+    RefusalCode.GEOMETRY_SHEAR: "The slices are shifted across their normal, as with a tilted gantry.",
+    RefusalCode.FRAME_OF_REFERENCE_MISMATCH: (
+        "The phases have no common Frame of Reference, so they cannot be laid over each other."
+    ),
+    RefusalCode.PHASE_COVERAGE: "The phases show too little of the body in common.",
+    RefusalCode.PIXEL_FORMAT_MISMATCH: "The images of a stack differ in how their pixel values are stored or scaled.",
     RefusalCode.PIXELS_UNDECODABLE: "The pixel data cannot be decoded.",
     RefusalCode.FRAME_TIME_INVALID: "The times of the frames are absent or implausible.",
     RefusalCode.CEUS_PANEL_AMBIGUOUS: "The contrast panel cannot be told from the B-mode panel.",
     RefusalCode.CONTRAST_ARRIVAL_NOT_FOUND: "No arrival of contrast agent is visible in the clip.",
     RefusalCode.TOO_FEW_FRAMES: "The clip holds fewer usable frames than the engine needs.",
+    RefusalCode.SLICE_EMPTY: "A slice of a stack holds one value only.",
     RefusalCode.OUT_OF_DISTRIBUTION: "The images are unlike those the model was validated on.",
 }
 
