@@ -11,8 +11,8 @@ with the last map, gates that map cell by cell.
 
 Outputs: `logits` and `features`. The head is global average pooling and one linear layer on the gated map, so the class
 activation map is exact (Grad-CAM). `features` holds that map and, before it, maps of the stem averaged to the same
-grid. The head ignores those (`full_head` gives them weight zero); they are for the out-of-distribution gate, because the
-last map alone has learnt to ignore what makes an image foreign.
+grid. The head ignores those (`full_head` gives them weight zero); they are for the out-of-distribution gate, because
+the last map alone has learnt to ignore what makes an image foreign.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class Conv(nn.Sequential):
         stride: tuple[int, int, int] = (1, 1, 1),
     ) -> None:  # fmt: skip
         if dims == 3:
-            size = (frames, *kernel)
-            conv: nn.Module = nn.Conv3d(inputs, outputs, size, stride, tuple(k // 2 for k in size), bias=False)
+            size = (frames, kernel[0], kernel[1])
+            half = (size[0] // 2, size[1] // 2, size[2] // 2)
+            conv: nn.Module = nn.Conv3d(inputs, outputs, size, stride, half, bias=False)
             norm: nn.Module = nn.BatchNorm3d(outputs, eps=1e-3)
         else:
             padding = (kernel[0] // 2, kernel[1] // 2)
