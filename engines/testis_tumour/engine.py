@@ -314,18 +314,25 @@ def region_of(share: Image) -> NDArray[np.bool_]:
 
 
 def features(images: Image, inside: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """(n, len(FEATURES)) of images (n, H, W) that share one region. One thread, the same bits every time."""
-    box = ndimage.find_objects(inside.astype(np.int8))[0]
-    mask = np.pad(inside[box], 1)
+    """(n, len(FEATURES)) of images (n, H, W) in one region (H, W), or each in its own (n, H, W).
+
+    One thread, the same bits every time.
+    """
+    masks = np.broadcast_to(inside, images.shape)
+    box = ndimage.find_objects(masks.any(axis=0).astype(np.int8))[0]
+    labels = np.pad(masks[(slice(None), *box)], ((0, 0), (1, 1), (1, 1))).astype(np.uint32)
     cut = np.pad(images[(slice(None), *box)], ((0, 0), (1, 1), (1, 1))).astype(np.uint32)
-    labels = np.repeat(mask[None].astype(np.uint32), len(cut), axis=0)
-    binned = (cut // BIN + 1) * labels
     plain = _nyxus(_INTENSITY, cut, labels)
-    texture = _nyxus(_TEXTURE, binned, labels)
+    texture = _nyxus(_TEXTURE, (cut // BIN + 1) * labels, labels)
     shape = texture[:, -2:] * np.array([(NATIVE_MM / 2) ** 2, 1.0])
-    minor, major = np.linalg.eigvalsh(np.cov(np.nonzero(mask)))
-    elongation = np.full((len(cut), 1), math.sqrt(max(minor, 0.0) / major))  # IBSI 3.1.14, in the plane
+    elongation = np.array([[_elongation(mask)] for mask in labels])
     return np.concatenate([plain, texture[:, :-2], shape, elongation], axis=1).astype(np.float32)
+
+
+def _elongation(mask: NDArray[np.uint32]) -> float:
+    """Minor to major axis (IBSI 3.1.14, in the plane)."""
+    minor, major = np.linalg.eigvalsh(np.cov(np.nonzero(mask)))
+    return math.sqrt(max(float(minor), 0.0) / float(major))
 
 
 @functools.cache
@@ -351,27 +358,31 @@ def _nyxus(names: tuple[str, ...], images: NDArray[np.uint32], labels: NDArray[n
 
 
 def sensitivity(fine: Image, inside: NDArray[np.bool_], margin: float, run: RunModel) -> NDArray[np.float32]:
-    """(H, W) at `NATIVE_MM`: how far the margin falls where a window slides over the region and takes its texture.
+    """(H, W) at `NATIVE_MM`: how far the margin falls where a window slides over the region and is left out of it.
 
-    The window is filled with the local mean plus the texture of the region's most ordinary window: a flat patch would
-    be a texture of its own. Positive = what is there speaks for the positive class.
+    The window is cut out of the region instead of painted over: paint has a texture and an edge of its own, and
+    radiomics sees both. Size and shape stay the whole region's. Positive = what is there speaks for the positive class.
     """
     windows = _windows(inside)
-    filled = np.stack(list(_occluded(fine, inside, windows)))
-    changed = margins(run("radiomics", {"x": features(filled, inside)})["logits"])
+    left = np.repeat(inside[None], len(windows), axis=0)
+    for mask, window in zip(left, windows, strict=True):
+        mask[window] = False
+    table = np.repeat(features(fine[None], inside), len(windows), axis=0)
+    table[:, : -len(_SHAPE)] = features(np.repeat(fine[None], len(windows), axis=0), left)[:, : -len(_SHAPE)]
+    without = margins(run("radiomics", {"x": table})["logits"])
     total, weight = np.zeros(inside.shape, np.float32), np.zeros(inside.shape, np.float32)
-    for window, occluded in zip(windows, changed, strict=True):
-        total[window] += margin - occluded
+    for window, one in zip(windows, without, strict=True):
+        total[window] += margin - one
         weight[window] += 1
     found = np.where(inside & (weight > 0), total / np.maximum(weight, 1), 0).astype(np.float32)
     return np.asarray(ultrasound.resize(found, (found.shape[0] // 2, found.shape[1] // 2)), np.float32)
 
 
 def _windows(inside: NDArray[np.bool_]) -> list[tuple[slice, slice]]:
-    """Overlapping squares whose centre lies in the region, at most `MAX_WINDOWS`."""
+    """Overlapping squares whose centre lies in the region; few enough for the time, and none takes half of it."""
     area = int(inside.sum())
     most = int(np.clip(MAX_WINDOWS * MAP_PIXELS / area, MAX_WINDOWS / 10, MAX_WINDOWS))
-    step = max(8, math.ceil(math.sqrt(area / most)))
+    step = max(4, math.ceil(math.sqrt(area / most)))
     while True:
         half = round(0.75 * step)
         rows, columns = (np.arange(step // 2, n, step) for n in inside.shape)
@@ -380,23 +391,6 @@ def _windows(inside: NDArray[np.bool_]) -> list[tuple[slice, slice]]:
             break
         step = step + 1 if centres else max(step // 2, 1)
     return [(slice(max(r - half, 0), r + half), slice(max(c - half, 0), c + half)) for r, c in centres]
-
-
-def _occluded(fine: Image, inside: NDArray[np.bool_], windows: Sequence[tuple[slice, slice]]) -> Iterator[Image]:
-    grey = fine.astype(np.float32)
-    side = windows[0][0].stop - windows[0][0].start
-    weight = ndimage.uniform_filter(inside.astype(np.float32), 2 * side, mode="constant")
-    mean = ndimage.uniform_filter(grey * inside, 2 * side, mode="constant") / np.maximum(weight, 1e-3)
-    whole = [w for w in windows if inside[w].all()] or list(windows)
-    spread = np.array([grey[w][inside[w]].std() for w in whole])
-    ordinary = whole[int(np.argsort(spread, kind="stable")[len(whole) // 2])]
-    texture = grey[ordinary] - grey[ordinary].mean()
-    for window in windows:
-        target = mean[window]
-        tiled = np.tile(texture, [math.ceil(a / b) for a, b in zip(target.shape, texture.shape, strict=True)])
-        changed = fine.copy()
-        changed[window] = np.clip(np.rint(target + tiled[: target.shape[0], : target.shape[1]]), 0, 255)
-        yield changed
 
 
 def margins(logits: NDArray[Any]) -> NDArray[np.float64]:
