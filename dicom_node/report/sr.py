@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 import highdicom as hd
@@ -34,7 +35,7 @@ from dicom_node.report import codes, objects
 from dicom_node.report.context import Predecessor, Region, ReportContext, Variant
 from dicom_node.report.uids import Uids
 from dicom_node.report.wording import mark_of, series_description
-from dicom_node.result import ClinicalInput, Code, Finding, FrameRef, Provenance, Refusal, Result
+from dicom_node.result import ClinicalInput, Code, Finding, FrameRef, Provenance, Refusal, Result, Score
 
 SOP_CLASS: Final = {"comprehensive3d": str(Comprehensive3DSRStorage), "enhanced": str(EnhancedSRStorage)}
 _CONTAINS = hd.sr.RelationshipTypeValues.CONTAINS
@@ -79,6 +80,8 @@ def result_document(result: Result, context: ReportContext, uids: Uids) -> Docum
         region = context.regions[finding.tracking_identifier] if planar else None
         uid = uids.tracking(result.provenance.task, finding.tracking_identifier)
         groups.append(_group(finding, region, algorithm, uid, result.provenance.intended_use))
+    if not planar:
+        groups += [_clinical_group(value, result, uids) for value in result.clinical]
     software = f"{result.provenance.task} {result.provenance.package_version}"[:64]
     return Document(groups, result.title, result.provenance.intended_use, software)
 
@@ -204,11 +207,44 @@ def _group(
         group = hd.sr.MeasurementsAndQualitativeEvaluations(**said, source_images=_source_images(finding.sources))
     else:
         group = hd.sr.PlanarROIMeasurementsAndQualitativeEvaluations(**said, referenced_region=_image_region(region))
-    for note in finding.notes:
+    for note in (*map(_interval, finding.scores), *finding.notes):
         _comment(group, note)
     if finding.laterality_note:
         _comment(group, f"Side not established: {finding.laterality_note}")
     _comment(group, mark_of(intended_use))
+    return group
+
+
+def _interval(score: Score) -> str:
+    """In words: as measurement uncertainty (TID 310, CID 225) it is correct, but PixelMed takes it for an inference."""
+    if score.low is None or score.high is None:
+        return ""
+    return f"{score.outcome.meaning}: 95 % interval {score.low:.4f} to {score.high:.4f}"
+
+
+def _clinical_group(value: ClinicalInput, result: Result, uids: Uids) -> Any:
+    """A clinical value that was known, in a group of its own (TID 1501): the algorithm of the findings did not make it.
+
+    Beside findings with a region there is no such group, as a document has groups of one kind; there the value stands
+    in the algorithm's parameters alone.
+    """
+    side = next((code for code, letter in codes.LATERALITY_VALUE.items() if letter == value.laterality), None)
+    site = result.findings[0].site if side else None
+    number = hd.sr.Measurement(
+        name=_concept(value.code),
+        value=value.value,
+        unit=hd.sr.CodedConcept(value.unit, "UCUM", value.unit),
+    )
+    if value.time:
+        number[0].ObservationDateTime = datetime.fromisoformat(value.time).strftime("%Y%m%d%H%M%S%z")
+    group = hd.sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=hd.sr.TrackingIdentifier(
+            uid=uids.tracking(result.provenance.task, f"clinical {value.key}"), identifier=f"Clinical value {value.key}"
+        ),
+        finding_sites=[hd.sr.FindingSite(_concept(site), _concept(side))] if site and side else None,
+        measurements=[number],
+    )
+    _comment(group, f"Input of the model, not made by it. Source: {value.source}")
     return group
 
 
@@ -250,7 +286,7 @@ def _image_region(region: Region) -> hd.sr.ImageRegion:
 def _algorithm(result: Result) -> hd.sr.AlgorithmIdentification:
     """TID 4019. The parameters say enough to repeat the result."""
     intervals = (
-        f"interval of {s.outcome.value}: {s.low:.4f} to {s.high:.4f}"
+        f"{f.tracking_identifier}: interval of {s.outcome.value}: {s.low:.4f} to {s.high:.4f} (95 %)"
         for f in result.findings
         for s in f.scores
         if s.low is not None and s.high is not None
@@ -278,7 +314,7 @@ def _algorithm_identification(provenance: Provenance, more: Iterable[str]) -> hd
 
 def _clinical_parameter(value: ClinicalInput) -> str:
     when = f", of {value.time}" if value.time else ""
-    return f"clinical input {value.name}: {value.value:g} {value.unit}{when}, source {value.source}"
+    return f"clinical input {value.key}: {value.value:g} {value.unit}{when}, source {value.source}"
 
 
 def _image_library(sources: Sequence[Dataset]) -> hd.sr.ContainerContentItem | None:

@@ -22,7 +22,19 @@ from dicom_node import report
 from dicom_node.config import Report as ReportConfig
 from dicom_node.packages import Task
 from dicom_node.report import BuiltObject, ReportContext, Variant
-from dicom_node.result import ArrayFile, Code, Finding, FrameRef, Fusion, Heatmap, Provenance, Refusal, Result, Score
+from dicom_node.result import (
+    ArrayFile,
+    ClinicalInput,
+    Code,
+    Finding,
+    FrameRef,
+    Fusion,
+    Heatmap,
+    Provenance,
+    Refusal,
+    Result,
+    Score,
+)
 from dicom_node.study import Header, Instance
 
 US_MULTIFRAME = "1.2.840.10008.5.1.4.1.1.3.1"
@@ -106,6 +118,8 @@ class Case:
     frame_time_ms: float | None = 40.0
     fusion: Fusion | None = None
     notes: tuple[str, ...] = ()
+    clinical: tuple[ClinicalInput, ...] = ()
+    scores: tuple[Score, ...] = (Score(OUTCOME, 0.831249),)
 
     def add(self, ds: Dataset, *, big_endian: bool = False, transfer_syntax: str | None = None) -> None:
         path = write(ds, self.folder / f"{len(self.sources)}.dcm", big_endian=big_endian)
@@ -152,7 +166,7 @@ class Case:
         return Finding(
             "Lesion 1", Code("108369006", "SCT", "Neoplasm"), self.site, self.laterality, self.laterality_note,
             Code("RISKCAT", "99INFER", "Risk category"), Code("HIGH", "99INFER", "High grade favoured"),
-            (Score(OUTCOME, 0.831249),), refs, heatmap, "none", self.fusion, self.notes,
+            self.scores, refs, heatmap, "none", self.fusion, self.notes,
         )  # fmt: skip
 
     def result(self) -> Result:
@@ -162,7 +176,7 @@ class Case:
         )  # fmt: skip
         finding = self.finding(self.heatmap())
         title = "AI renal CEUS ccRCC grade"
-        return Result("renal-ceus", (finding,), provenance, (), tuple(self.sources), "cd" * 32, title, 0.4)
+        return Result("renal-ceus", (finding,), provenance, self.clinical, tuple(self.sources), "cd" * 32, title, 0.4)
 
     def report_context(self, **changes: Any) -> ReportContext:
         base = ReportContext(ReportConfig(), "node-of-the-tests", CREATED, STUDY, self.folder)

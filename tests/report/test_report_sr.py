@@ -11,9 +11,10 @@ from pydicom.dataset import Dataset
 
 from dicom_node.report import Predecessor, Region, Variant
 from dicom_node.report.codes import private_codes
-from dicom_node.result import Code, FrameRef, Refusal, RefusalCode
+from dicom_node.result import ClinicalInput, Code, FrameRef, Refusal, RefusalCode, Score
 
 MARK = "TRAINED ON SIMULATED IMAGES - NOT A PATIENT RESULT"
+OUTCOME = Code("PROB-HIGHGRADE", "99INFER", "Probability of high nuclear grade")
 RESEARCH = "Research use only. Not for clinical use."
 
 
@@ -82,17 +83,52 @@ def test_the_algorithm_says_enough_to_repeat_the_result(case: Any) -> None:
     }.items()  # fmt: skip
 
 
-def test_clinical_inputs_are_listed_with_time_and_source(case: Any) -> None:
-    from dataclasses import replace
+FSH = ClinicalInput("FSH", Code("15067-2", "LN", "Follitropin"), 12.5, "[IU]/L", "2026-01-02T08:30:00", "DICOM SR")
+EDV = ClinicalInput("EDV", Code("11653-3", "LN", "End Diastolic Velocity"), 3.2, "cm/s", "", "DICOM SR", "L")
 
-    from dicom_node import report
-    from dicom_node.result import ClinicalInput
 
-    fsh = ClinicalInput("FSH", Code("15067-2", "LN", "Follitropin"), 12.5, "[IU]/L", "2026-01-02", "FHIR")
-    result = replace(case.result(), clinical=(fsh,))
-    built = report.build(result, case.sources, case.report_context())
-    expected = "clinical input FSH: 12.5 [IU]/L, of 2026-01-02, source FHIR"
-    assert expected in texts(case.read(built[0]), "111002")
+def test_clinical_values_stand_in_the_report_with_unit_side_time_and_source(case: Any) -> None:
+    """In groups of their own: an algorithm that read a value did not measure it."""
+    case.clinical = (FSH, EDV)
+    ds = case.sr()
+    first, fsh, edv = named(ds, "125007")
+    assert not named(first, "15067-2")
+    (number,) = named(fsh, "15067-2")
+    measured = number.MeasuredValueSequence[0]
+    assert (measured.NumericValue, measured.MeasurementUnitsCodeSequence[0].CodeValue) == (12.5, "[IU]/L")
+    assert number.ObservationDateTime == "20260102083000"
+    assert texts(fsh, "121106") == ["Input of the model, not made by it. Source: DICOM SR"]
+    assert not named(fsh, "111001")
+    (site,) = named(edv, "363698007")
+    assert site.ContentSequence[0].ConceptCodeSequence[0].CodeMeaning == "Left"
+    assert "ObservationDateTime" not in named(edv, "11653-3")[0]
+    parameters = texts(ds, "111002")
+    assert "clinical input FSH: 12.5 [IU]/L, of 2026-01-02T08:30:00, source DICOM SR" in parameters
+    assert "clinical input EDV L: 3.2 cm/s, source DICOM SR" in parameters
+
+
+def test_beside_a_region_clinical_values_stand_in_the_parameters_alone(case: Any) -> None:
+    """One kind of group in a document: a validator takes a TID 1501 group for TID 1410 with parts missing."""
+    case.clinical = (FSH,)
+    frame = FrameRef(case.first.sop_class_uid, case.first.sop_instance_uid, 3, 12)
+    region = Region(frame, ((10.0, 20.0), (30.0, 20.0), (30.0, 40.5)))
+    ds = case.read(case.build(regions={"Lesion 1": region})[0])
+    assert len(named(ds, "125007")) == 1
+    assert any(t.startswith("clinical input FSH: 12.5") for t in texts(ds, "111002"))
+
+
+def test_both_scores_and_the_interval(case: Any) -> None:
+    image = Code("PROB-IMAGE", "99INFER", "Probability from the image")
+    case.scores = (Score(OUTCOME, 0.8, 0.65, 0.9), Score(image, 0.55))
+    ds = case.sr()
+    said = {
+        code: float(named(ds, code)[0].MeasuredValueSequence[0].NumericValue)
+        for code in ("PROB-HIGHGRADE", "PROB-IMAGE")
+    }
+    assert said == {"PROB-HIGHGRADE": 0.8, "PROB-IMAGE": 0.55}
+    interval = [t for t in texts(ds, "121106") if "interval" in t]
+    assert interval == ["Probability of high nuclear grade: 95 % interval 0.6500 to 0.9000"]
+    assert "Lesion 1: interval of PROB-HIGHGRADE: 0.6500 to 0.9000 (95 %)" in texts(ds, "111002")
 
 
 def test_sources_are_named_with_their_frames_and_stand_in_the_evidence(case: Any) -> None:

@@ -10,8 +10,14 @@ import pytest
 
 from dicom_node.report import Region, Variant
 from dicom_node.report.normalise import TYPE_2
-from dicom_node.result import Code, FrameRef, Refusal, RefusalCode
+from dicom_node.result import ClinicalInput, Code, FrameRef, Refusal, RefusalCode, Score
 
+OUTCOME = Code("PROB-HIGHGRADE", "99INFER", "Probability of high nuclear grade")
+CLINICAL = (
+    ClinicalInput("FSH", Code("15067-2", "LN", "Follitropin"), 12.5, "[IU]/L", "2026-01-02T08:30:00", "DICOM SR"),
+    ClinicalInput("VOLUME", Code("118565006", "SCT", "Volume"), 9.25, "mL", "", "DICOM SR", "L"),
+    ClinicalInput("AGE", Code("30525-0", "LN", "Age"), 34, "a", "", "Patient's Age"),
+)
 THYROID = Code("69748006", "SCT", "Thyroid")
 NEW, OLD = Variant(), Variant(sr="enhanced", capture="keyframes")
 PIXELMED = Path("/usr/share/java/pixelmed.jar")
@@ -19,10 +25,13 @@ Judge = Callable[[Path], list[str]]
 
 
 def every_document(case: Any) -> list[Path]:
-    """Both SOP Classes, with and without a region, and the one without a result."""
+    """Both SOP Classes, with and without a region or clinical values, and the one without a result."""
     frame = FrameRef(case.first.sop_class_uid, case.first.sop_instance_uid, 3, 12)
     regions = {"Lesion 1": Region(frame, ((10.0, 20.0), (30.0, 20.0), (30.0, 40.5)))}
     documents = [case.only("sr"), case.only("sr", sr="enhanced"), case.build(regions=regions)[0]]
+    case.clinical, case.notes = CLINICAL, ("fusion not computed: EDV (right) missing",)
+    case.scores = (Score(OUTCOME, 0.8, 0.65, 0.9), Score(OUTCOME._replace(value="PROB-IMAGE"), 0.55))
+    documents += [case.only("sr"), case.only("sr", sr="enhanced"), case.build(regions=regions)[0]]
     documents.append(case.not_assessable(Refusal(RefusalCode.OUT_OF_DISTRIBUTION)))
     documents.append(case.not_assessable(Refusal(RefusalCode.NO_SUITABLE_IMAGE), provenance=False))
     return [case.save(d) for d in documents]
