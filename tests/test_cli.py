@@ -56,12 +56,15 @@ def test_status_and_explain_keep_their_shape(config, ledger, capsys):
 
 
 def test_check_and_engines_keep_their_shape(config, capsys):
-    assert main(["check", "--json", "--config", str(config)]) == 0
-    valid("check", capsys.readouterr().out)
+    main(["check", "--json", "--config", str(config)])
+    checked = valid("check", capsys.readouterr().out)
+    about = [f for f in checked["findings"] if f["about"] == "route renal-ceus"]
+    assert [f["level"] for f in about] == ["ok"]
     assert main(["engines", "list", "--json", "--config", str(config)]) == 0
-    (engine,) = valid("engines-list", capsys.readouterr().out)
-    assert engine["task"] == "renal_ceus" and engine["intended_use"] == "demonstration"
-    assert engine["backends"]["tensorrt"] == "not executed by us"
+    engines = {engine["task"]: engine for engine in valid("engines-list", capsys.readouterr().out)}
+    assert {path.parent.name for path in (REPOSITORY / "engines").glob("*/engine.yaml")} == set(engines)
+    assert engines["renal_ceus"]["intended_use"] == "demonstration" and engines["renal_ceus"]["history"] == []
+    assert engines["renal_ceus"]["backends"]["tensorrt"] == "not executed by us"
 
 
 def test_echo_of_a_dead_destination_is_not_well_and_says_why(config, capsys):
@@ -77,6 +80,12 @@ def test_echo_of_a_dead_destination_is_not_well_and_says_why(config, capsys):
         (["retry", "9.9.9"], 4),
         (["complete", "9.9.9"], 4),
         (["echo", "nowhere"], 4),
+        (["engines", "activate", "no_task", "1"], 4),
+        (["engines", "rollback", "no_task"], 4),
+        (["engines", "verify", "no_task"], 4),
+        (["engines", "activate", "renal_ceus", "99"], 1),
+        (["engines", "rollback", "renal_ceus"], 1),
+        (["engines", "install", "no/such/folder"], 1),
         (["explain"], 2),
         (["explain", "1.2.3", "--file", "x"], 2),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 
 from dicom_node.config import Config
 from dicom_node.errors import PackageError
+from dicom_node.packages.install import history, installed
 from dicom_node.packages.load import active_package, find_tasks, load_task
 
 BACKENDS = {
@@ -24,6 +25,8 @@ def _listed(folder: Path, config: Config) -> dict[str, Any]:
     told: dict[str, Any] = {
         "task": folder.name, "title": "", "available": False, "reason": "", "version": None, "digest": None,
         "intended_use": None, "algorithm": None, "backends": {}, "metrics": {},
+        "installed": list(installed(config.store.root, folder.name)),
+        "history": list(history(config.store.root, folder.name)),
     }  # fmt: skip
     try:
         task = load_task(folder)

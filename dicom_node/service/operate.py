@@ -165,6 +165,9 @@ def engines_text(answer: list[Answer]) -> str:
                 f"  package {engine['version']} ({engine['intended_use']}), {engine['algorithm']}, "
                 f"digest {str(engine['digest'])[:16]}…"
             )
+        if engine["installed"]:
+            used = ", ".join(engine["history"][:1]) or "none, so the package that comes with the task"
+            lines.append(f"  installed: {', '.join(engine['installed'])}; in use: {used}")
         lines += [f"  {backend}: {state}" for backend, state in engine["backends"].items()]
     return "\n".join(lines) or "no task folder under engines.path"
 
