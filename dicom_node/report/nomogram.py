@@ -1,7 +1,7 @@
 """The nomogram of one finding with this patient's points: the same numbers as in the SR, as a reader can check by eye.
 
-Each axis is as long as its term can move the score over the range it was fitted on; the longest is 100 points. A mark
-at the end of an axis with an arrow lies beyond that range. Nothing on it names the patient.
+Each axis is as long as its term can move the score over the range it was fitted on; the longest is 100 points. A value
+beyond that range is marked at the end of the axis and said to lie beyond. Nothing on it names the patient.
 """
 
 from __future__ import annotations
@@ -35,10 +35,13 @@ from dicom_node.result import Finding, Fusion, FusionTerm, Result
 
 _WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 900, 250, 60, 62, 84
 _TICK = 5
+_ABBREVIATION: Final = 5
+"""Letters of FSH, EDV, B_HCG; a longer name is words."""
 SERIES_OFFSET: Final = 50
 """Clear of the heatmaps of a report: a patient has not so many lesions."""
 _PROBABILITIES: Final = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _MARK = (252, 166, 54)
+_NOT_AN_IMAGE: Final = "A figure, not an image of the patient."
 _STEPS: Final = (1, 2, 2.5, 5)
 
 
@@ -78,9 +81,12 @@ def draw(result: Result, finding: Finding, fusion: Fusion) -> NDArray[np.uint8]:
     """RGB (height, width, 3)."""
     caption = picture.caption_of(result, finding)
     points = points_of(fusion)
-    totals = sum(max(p.of(p.term.low), p.of(p.term.high)) for p in points)
+    totals = max(sum(max(p.of(p.term.low), p.of(p.term.high)) for p in points), 1e-6)
     height = _TOP + _ROW * (len(points) + 3) + 96
     image = Image.new("RGB", (_WIDTH, height + height % 2), picture.PAPER)
+    if caption.across:  # under the axes: they stay readable
+        for grey, mask in picture.mark_across((_WIDTH, _ROW * (len(points) + 3)), caption.across):
+            image.paste((grey, grey, grey), (0, _TOP), mask.point(lambda strength: strength // 2))
     pen = ImageDraw.Draw(image)
     pen.text((20, 16), caption.title, picture.INK, picture.font(19), anchor="lt")
     pen.text((20, 44), f"Nomogram: {finding.scores[0].outcome.meaning}", picture.DIM, picture.font(14), anchor="lt")
@@ -95,7 +101,7 @@ def draw(result: Result, finding: Finding, fusion: Fusion) -> NDArray[np.uint8]:
     _axis(
         pen, y, "Total points", [(float(v), f"{v:g}") for v in np.arange(0, totals + 1e-6, step)], lambda v: v / totals
     )
-    _mark(pen, y, total / totals, f"{total:.0f}")
+    _mark(pen, y, total / totals, f"{total:.0f} points")
     y += _ROW
     shown = [(p, total_of(fusion, math.log(p / (1 - p)))) for p in _PROBABILITIES]
     ticks = [(at, f"{p:g}") for p, at in shown if 0 <= at <= totals]
@@ -135,7 +141,7 @@ def build(
         f"Nomogram of {provenance.algorithm_name} {provenance.package_version} with the values of this examination; "
         "the same numbers are in the structured report."
     )
-    made.ImageComments = mark_of(provenance.intended_use) or "Figure, not an image of the patient."
+    made.ImageComments = mark_of(provenance.intended_use) or _NOT_AN_IMAGE
     made.SourceImageSequence = list(source_images(subject.finding.sources))
     made.LossyImageCompression = "00"
     add_pixels(made, frames, packed)
@@ -156,7 +162,8 @@ def _contribution(term: FusionTerm, value: float) -> float:
 def _term(pen: ImageDraw.ImageDraw, y: int, p: Points) -> None:
     """The axis of one term, in its own unit, over the points scale above."""
     t = p.term
-    name = "image score (log-odds)" if t.name == "logit" else f"{t.name.replace('_', ' ')} ({t.unit})"
+    words = t.name.replace("_", " ") if len(t.name) <= _ABBREVIATION else t.name.replace("_", " ").capitalize()
+    name = "Image score (log-odds)" if t.name == "logit" else f"{words} ({t.unit})"
     ends = sorted(p.of(v) / 100 for v in (t.low, t.high))
     pen.line((_x(ends[0]), y, _x(ends[1]), y), picture.DIM, 2)
     pen.text((20, y), name, picture.INK, picture.font(15), anchor="lm")
@@ -167,7 +174,8 @@ def _term(pen: ImageDraw.ImageDraw, y: int, p: Points) -> None:
         if abs(x - last) > 30:
             pen.text((x, y + _TICK + 3), f"{value:g}", picture.DIM, picture.font(12), anchor="mt")
             last = x
-    _mark(pen, y, p.of(t.value) / 100, f"{t.value:.3g}", ends[0], ends[1])
+    points = p.of(t.value)
+    _mark(pen, y, points / 100, f"{t.value:.3g}  ({points:.0f} points)", ends[0], ends[1])
 
 
 def _ticks(term: FusionTerm) -> list[float]:
@@ -206,18 +214,22 @@ def _axis(
 
 
 def _mark(pen: ImageDraw.ImageDraw, y: int, share: float, text: str, low: float = 0.0, high: float = 1.0) -> None:
-    """This patient: a triangle on the axis; at its end, with an arrow, where the value lies beyond."""
+    """This patient: a triangle on the axis; at its end, and said so, where the value lies beyond."""
     at = min(max(share, low), high)
     x = _x(at)
     pen.polygon([(x, y - 2), (x - 6, y - 13), (x + 6, y - 13)], fill=_MARK)
-    words = f"{text} >" if share > high + 1e-6 else f"< {text}" if share < low - 1e-6 else text
+    words = text if low - 1e-6 <= share <= high + 1e-6 else f"{text}, beyond the axis"
     half = picture.font(13).getlength(words) / 2
     pen.text((min(max(x, _LEFT + half), _WIDTH - 8 - half), y - 16), words, _MARK, picture.font(13), anchor="ms")
 
 
 def _footer(pen: ImageDraw.ImageDraw, y: int, caption: picture.Caption) -> None:
-    lines = [f"Model: {caption.model}. Orange: this patient; bar: 95 % interval of the probability (delta method)."]
-    for line in [*lines, caption.mark] if caption.mark else lines:
+    lines = (
+        f"Model: {caption.model}.",
+        f"Orange: this patient; bar: 95 % interval of the probability (delta method). {_NOT_AN_IMAGE}",
+        caption.mark,
+    )
+    for line in filter(None, lines):
         colour = picture.WARNING if line == caption.mark else picture.DIM
         pen.text((20, y), line, colour, picture.font(14), anchor="lt")
         y += 22

@@ -118,7 +118,7 @@ def render_frames(
         raise ReportError("a heatmap whose frames, finite map and frame references do not belong together")
     layout = Layout.of(frames.shape[1], frames.shape[2], caption)
     background = _background(layout, heatmap, caption)
-    mark = _mark(layout, caption.across) if caption.across else ()
+    mark = mark_across(layout.images, caption.across) if caption.across else ()
     chosen = range(len(frames)) if indices is None else indices
     out = np.empty((len(chosen), layout.height, layout.width, 3), np.uint8)
     for n, i in enumerate(chosen):
@@ -245,16 +245,16 @@ def _panels(
     picture.paste(Image.fromarray(mixed), layout.second)
 
 
-def _mark(layout: Layout, text: str) -> tuple[tuple[int, Image.Image], ...]:
-    """The mark from corner to corner of both panels: grey level and mask of its dark outline, then of its letters.
+def mark_across(area: tuple[int, int], text: str) -> tuple[tuple[int, Image.Image], ...]:
+    """The mark from corner to corner of an area: grey level and mask of its dark outline, then of its letters.
 
     Half transparent, so that the image stays readable; outlined, so that the mark does on a bright image too.
     """
-    width, height = layout.images
+    width, height = area
     angle = math.atan2(height, width)
     cos, sin = math.cos(angle), math.sin(angle)
     size = 10
-    while size < 60:  # the turned line has to lie inside the panels
+    while size < 60:  # the turned line has to lie inside the area
         w, h = font(size + 1).getlength(text), (size + 1) * 1.3
         if w * cos + h * sin > width or w * sin + h * cos > height:
             break

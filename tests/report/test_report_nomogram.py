@@ -68,10 +68,27 @@ def test_a_value_beyond_the_axis_is_drawn_at_its_end(case: Any) -> None:
     row = slice(0, 84 + 20 + 2 * 62 + 20)  # down to the second term: only the words of the first differ
     changed = np.nonzero((pictures[0][row] != pictures[1][row]).any(axis=2))
     assert changed[0].size
-    assert changed[1].min() > 700
+    assert changed[1].min() > 560  # the words "beyond the axis" end at the right border
 
 
 def test_notes_stand_in_the_report(case: Any) -> None:
     case.notes = ("fusion not computed: FSH missing",)
     texts = {str(e.value) for e in case.sr().iterall() if e.keyword == "TextValue"}
     assert "fusion not computed: FSH missing" in texts
+
+
+def test_the_demonstration_mark_lies_across_the_figure(case: Any) -> None:
+    case.intended_use = "demonstration"
+    marked = nomogram.draw(case.result(), case.finding(None), fusion())
+    case.intended_use = "research"
+    plain = nomogram.draw(case.result(), case.finding(None), fusion())
+    rows, columns = np.nonzero((marked[84:480] != plain[84:480]).any(axis=2))
+    assert np.ptp(columns) > 700
+    assert np.ptp(rows) > 300
+    assert np.corrcoef(rows, columns)[0, 1] < -0.9  # from the lower left to the upper right
+
+
+def test_every_term_may_be_without_influence(case: Any) -> None:
+    """Coefficients of zero are a legal model; nothing is divided by their span."""
+    flat = tuple(FusionTerm(t.name, t.unit, t.value, "none", 0.0, 1.0, 0.0, t.low, t.high) for t in TERMS)
+    assert nomogram.draw(case.result(), case.finding(None), fusion(flat)).shape[2] == 3

@@ -58,7 +58,7 @@ def test_the_demonstration_mark_lies_across_the_image_whatever_its_shape(shape: 
 
     mark = "TRAINED ON SIMULATED IMAGES - NOT A PATIENT RESULT"
     layout = Layout.of(*shape, replace(CAPTION, across=mark))
-    (_, outline), (_, letters) = module._mark(layout, mark)
+    (_, outline), (_, letters) = module.mark_across(layout.images, mark)
     box = letters.getbbox()
     assert letters.size == layout.images
     if min(shape) >= 60:
