@@ -14,6 +14,7 @@ from torch import nn
 from dicom_node.errors import PackageError
 from dicom_node.packages.schema import ModelEntry
 from dicom_node.runtime.accept import accept
+from dicom_node.runtime.graph import check
 from dicom_node.runtime.onnx import OnnxSession
 from engines.training import locator
 from engines.training.locator import Settings, TinyUNet
@@ -111,6 +112,7 @@ def test_a_node_accepts_the_graph_by_its_golden_cases(trained: nn.Module, packag
         "locator.probability": (4, 1, 32, 32),
     }
     graph = (package / "models" / "locator" / f"{precision}.onnx").read_bytes()
+    check(graph, entry.inputs, entry.outputs, sizes={"x": (32, 32)}, thorough=True)
     session = OnnxSession("locator", graph, entry.inputs, entry.outputs, threads=1, precision=precision)
     row = accept("locator", session, golden, entry.tolerance[precision], entry.outputs)  # type: ignore[index]
     assert row.worst <= entry.tolerance[precision]  # type: ignore[index]
