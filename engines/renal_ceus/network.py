@@ -34,6 +34,7 @@ class Preset(NamedTuple):
 PRESETS = {
     "paper": Preset((48, 48, 96, 192, 1280), (2, 2, 2, 2, 2)),
     "demo": Preset((12, 16, 24, 32, 64), (2, 2, 2, 1, 1), pool=2),
+    "stills": Preset((12, 16, 24, 32, 64), (2, 2, 2, 1, 1), pool=2),
     "nano": Preset((8, 8, 12, 16, 32), (2, 2, 2, 1, 1), pool=4),
 }
 

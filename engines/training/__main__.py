@@ -36,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--real", type=Path, action="append", default=[], help="folder of real files for the gate")
         sub.add_argument("--readers", type=Path, default=None, help="CSV of readers' scores on the test cohort")
         sub.add_argument("--out", type=Path, default=None, help="package folder (default: the task's model/)")
+    sub = verbs.add_parser("labels", help="write the table of labels of a collection with a folder for each class")
+    sub.add_argument("source", type=Path)
+    sub.add_argument("--negative", required=True, help="name of the folder of label 0")
+    sub.add_argument("--positive", required=True, help="name of the folder of label 1")
+    sub.add_argument("--out", type=Path, required=True, help="new folder: copies and labels.csv")
     return top
 
 
@@ -71,6 +76,11 @@ def _run_of(args: argparse.Namespace) -> Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status."""
     args = parser().parse_args(argv)
+    if args.verb == "labels":
+        from engines.training import folder
+
+        print(folder.from_class_folders(args.source, args.negative, args.positive, args.out), "files")
+        return 0
     every = args.verb == "reproduce" and args.task == "all"
     if not every and not (args.task.isidentifier() and (task_folder(args.task) / "recipe.py").is_file()):
         print(f"no such task: {args.task}", file=sys.stderr)

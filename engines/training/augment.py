@@ -14,8 +14,8 @@ SHIFT_CELLS = 2
 def stills(
     x: NDArray[np.float32], place: NDArray[np.float32], rng: np.random.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Images (b, 1, ..., H, W), black at -1, and their places (b, ..., h, w): mirrored, shifted by whole cells of the place
-    (image and map have different grids, and stay together only so), with other gain and contrast."""
+    """Images (b, 1, ..., H, W), black at -1, and their places (b, ..., h, w): mirrored, shifted by whole cells of the
+    place (image and map have different grids, and stay together only so), with other gain and contrast."""
     out, moved = np.empty_like(x), np.empty_like(place)
     cell = np.array(x.shape[-2:]) // np.array(place.shape[-2:])
     chain = _chain()

@@ -14,6 +14,8 @@ Table = Mapping[str, Any]
 
 def text(manifest: Table, notes: Table, plan: Table) -> str:
     """The card."""
+    if manifest["provenance"]["data"]["kind"] == "folder":
+        return _of_folder(manifest, notes, plan)
     words = plan["card"]
     parts = [
         f"# {words['title']}",
@@ -29,6 +31,24 @@ def text(manifest: Table, notes: Table, plan: Table) -> str:
         "## Limits\n\n" + "\n".join(f"- {line}" for line in words["limits"]),
         _provenance(manifest),
     ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_folder(manifest: Table, notes: Table, plan: Table) -> str:
+    """The card of weights trained on a site's own images: what was measured, and nothing that was not."""
+    metrics = notes.get("metrics", {})
+    parts = [
+        f"# {manifest['task']}: weights trained on a folder of images",
+        f"Package `{manifest['task']}` {manifest['version']} · {manifest['algorithm']} · intended use: "
+        f"**{manifest['intended_use']}** · {notes['parameters']:,} parameters.",
+        "Classes: " + ", ".join(manifest["classes"]) + ". Patients were divided into training, validation and test; "
+        "threshold, temperature and gate come from validation, figures from the test part. Write here what the images "
+        "are, where they come from, and for whom the weights are meant.",
+    ]
+    if metrics:
+        parts.append("## Measured\n\n95 % intervals.\n\n" + _table({"test part": metrics["test"]}))
+        parts.append(_beside(metrics))
+    parts += [_decision(manifest, notes, plan), _provenance(manifest)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -106,7 +126,7 @@ def _beside(metrics: Table) -> str:
     """What stands beside the network: baselines, chance, and the gates."""
     lines = [
         f"- Shortcut check: a logistic model on image statistics, spectrum and metadata alone reaches AUC "
-        f"{_ci(metrics['shortcut_auc'])} on the same test units (bound: 0.70)."
+        f"{_ci(metrics['shortcut_auc'])} on the same test units."
     ]
     if "covariates_auc" in metrics:
         lines.append(f"- The clinical values alone: AUC {_ci(metrics['covariates_auc'])}.")

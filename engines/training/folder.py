@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,26 @@ def cohort(recipe: Recipe, folder: Path, part: str) -> Cohort:
         if (row.get("split") or split_of(row["patient"])) == part:
             made.append((number, int(row["label"]), _sample(recipe, _inside(folder, row["file"], number), row)))
     return from_arrays(arrays(made))
+
+
+def from_class_folders(source: Path, negative: str, positive: str, out: Path) -> int:
+    """A collection that keeps its classes in folders of those names, copied to `out` with its table; how many files.
+
+    Every file counts as a patient of its own, for want of better: say so where you report figures.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for label, name in enumerate((negative, positive)):
+        for path in sorted((source / name).glob("*.png")):
+            if "mask" in path.stem:
+                continue
+            copy = f"{name}-{path.stem}.png"
+            shutil.copyfile(path, out / copy)
+            rows.append((copy, label, f"{name} {path.stem}"))
+    with (out / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerows([("file", "label", "patient"), *rows])
+    return len(rows)
 
 
 def split_of(patient: str) -> str:

@@ -33,7 +33,7 @@ def examine(run: Run) -> dict[str, Any]:
 
 
 def permuted(run: Run) -> stats.Interval:
-    """AUC on true labels of the test cohort after a fit of the nano network (settings `gate`) on permuted ones; DeLong 99 %."""
+    """AUC on true labels of the test cohort after the nano network was fitted to permuted ones; DeLong 99 %."""
     train, test = run.cohort("train"), run.cohort("test")
     rng = np.random.default_rng(0)
     shuffled = replace(train, y=rng.permutation(train.y), place=np.zeros_like(train.place))

@@ -76,7 +76,7 @@ def do_evaluate(o: Run) -> None:
     graph, choices, notes = recipe.graph(o.out), choices_of(o.out), _notes(o)
     found: dict[str, Any] = {}
     scores = {}
-    for name in [n for n in o.plan["cohorts"] if n not in ("train", "validation")]:
+    for name in ["test"] if o.folder else [n for n in o.plan["cohorts"] if n not in ("train", "validation")]:
         data = o.cohort(name)
         scores[name] = evaluate.score(graph, data)
         found[name] = evaluate.figures(scores[name], choices, len(data.refused))
@@ -88,7 +88,7 @@ def do_evaluate(o: Run) -> None:
     if test.covariates.size:
         found["covariates_auc"] = evaluate.covariates_alone(train, test).to_json()
     found["single_input_auc"] = evaluate.single_input(graph, test)
-    if recipe.points:
+    if recipe.points and o.folder is None:  # a folder does not say where the lesion lies
         found["pointing"] = evaluate.pointing(graph, head_of(o.out), test)
     found["gate_corrupted"] = evaluate.corruption_table(recipe, graph, choices, test)
     if o.real:
