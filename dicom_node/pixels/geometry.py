@@ -168,7 +168,7 @@ def is_part_of(part: Grid, whole: Grid) -> bool:
     last = to_whole @ np.array([0.0, 0.0, part.shape[0] - 1, 1.0])
     first = to_whole[:, 3]
     near = all(np.abs(p[:2]).max() < SAME_GRID and abs(p[2] - round(p[2])) < SAME_GRID for p in (first, last))
-    inside = -0.5 < first[2] and last[2] < whole.shape[0] - 0.5
+    inside = first[2] > -0.5 and last[2] < whole.shape[0] - 0.5
     return bool(near and inside and np.abs(to_whole[:3, :3] - np.eye(3)).max() < SAME_COSINE)
 
 
