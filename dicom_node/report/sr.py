@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -21,30 +20,22 @@ import numpy as np
 from highdicom.sr import utils as sr_utils
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes as standard
-from pydicom.sr.coding import Code as PydicomCode
 from pydicom.uid import (
     Comprehensive3DSRStorage,
     EnhancedSRStorage,
     ExplicitVRLittleEndian,
-    UltrasoundImageStorage,
-    UltrasoundMultiFrameImageStorage,
 )
 
 from dicom_node.packages import Task
 from dicom_node.report import codes, objects
 from dicom_node.report.context import Predecessor, Region, ReportContext, Variant
+from dicom_node.report.library import image_library
 from dicom_node.report.uids import Uids
 from dicom_node.report.wording import mark_of, series_description
 from dicom_node.result import ClinicalInput, Code, Finding, FrameRef, Provenance, Refusal, Result, Score
 
 SOP_CLASS: Final = {"comprehensive3d": str(Comprehensive3DSRStorage), "enhanced": str(EnhancedSRStorage)}
 _CONTAINS = hd.sr.RelationshipTypeValues.CONTAINS
-
-# Retired, but still in archives. The image library is made from the header of the class that replaced them.
-_SUCCESSOR = {
-    "1.2.840.10008.5.1.4.1.1.6": str(UltrasoundImageStorage),
-    "1.2.840.10008.5.1.4.1.1.3": str(UltrasoundMultiFrameImageStorage),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +139,7 @@ def build_sr(
 
 
 def _content(document: Document, sources: Sequence[Dataset], context: ReportContext, uids: Uids) -> Dataset:
-    """TID 1500 from its root. The image library (TID 1600) is ours: highdicom's knows no retired class."""
+    """TID 1500 from its root. The image library (TID 1600) is ours."""
     language = context.config.language
     report = hd.sr.MeasurementReport(
         observation_context=hd.sr.ObservationContext(
@@ -170,7 +161,7 @@ def _content(document: Document, sources: Sequence[Dataset], context: ReportCont
         ),
     )
     root: Dataset = report[0]
-    library = _image_library(sources)
+    library = image_library(sources)
     if library is not None:
         before_measurements = len(root.ContentSequence) - 1
         root.ContentSequence.insert(before_measurements, library)
@@ -315,34 +306,6 @@ def _algorithm_identification(provenance: Provenance, more: Iterable[str]) -> hd
 def _clinical_parameter(value: ClinicalInput) -> str:
     when = f", of {value.time}" if value.time else ""
     return f"clinical input {value.key}: {value.value:g} {value.unit}{when}, source {value.source}"
-
-
-def _image_library(sources: Sequence[Dataset]) -> hd.sr.ContainerContentItem | None:
-    """TID 1600: every source image with its modality and size. An image it cannot describe stays in the evidence."""
-    group = hd.sr.ContainerContentItem(name=standard.DCM.ImageLibraryGroup, relationship_type=_CONTAINS)
-    group.ContentSequence = hd.sr.ContentSequence()
-    for source in sources:
-        described = source
-        if source.SOPClassUID in _SUCCESSOR:
-            described = deepcopy(source)
-            described.SOPClassUID = _SUCCESSOR[source.SOPClassUID]
-        try:
-            descriptors = hd.sr.templates.ImageLibraryEntryDescriptors(described)
-        except (AttributeError, ValueError, KeyError, TypeError):  # no modality known, no geometry, not an image
-            continue
-        image = hd.sr.ImageContentItem(
-            name=PydicomCode("260753009", "SCT", "Source"),
-            referenced_sop_class_uid=source.SOPClassUID,
-            referenced_sop_instance_uid=source.SOPInstanceUID,
-            relationship_type=_CONTAINS,
-        )
-        image.ContentSequence = hd.sr.ContentSequence(descriptors)
-        group.ContentSequence.append(image)
-    if not group.ContentSequence:
-        return None
-    library = hd.sr.ContainerContentItem(name=standard.DCM.ImageLibrary, relationship_type=_CONTAINS)
-    library.ContentSequence = hd.sr.ContentSequence([group])
-    return library
 
 
 def _requests(source: Dataset, study_instance_uid: str) -> Iterable[Dataset]:

@@ -259,3 +259,23 @@ def dciodvfy() -> Callable[[Path], list[str]]:
 @pytest.fixture
 def tool() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run_tool
+
+
+@pytest.fixture
+def pixelmed() -> Callable[[Path], list[str]]:
+    """The errors of PixelMed's SR validator, which knows the templates. Some twenty seconds a document."""
+    jar = Path("/usr/share/java/pixelmed.jar")
+    if not jar.is_file():
+        pytest.skip("needs PixelMed (libpixelmed-java)")
+    limits = [f"-Djdk.xml.xpath{name}Limit=0" for name in ("ExprOp", "TotalOp", "ExprGrp")]
+
+    def run(path: Path) -> list[str]:
+        done = run_tool(
+            "java", "-Xmx3g", *limits, "-cp", f"{jar}:/usr/share/java/commons-codec.jar",
+            "com.pixelmed.validate.DicomSRValidator", path, timeout=200,
+        )  # fmt: skip
+        said = (done.stdout + done.stderr).splitlines()
+        assert any("validation complete" in line.lower() for line in said), done.stderr
+        return [line for line in said if line.startswith("Error")]
+
+    return run

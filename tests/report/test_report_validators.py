@@ -20,7 +20,6 @@ CLINICAL = (
 )
 THYROID = Code("69748006", "SCT", "Thyroid")
 NEW, OLD = Variant(), Variant(sr="enhanced", capture="keyframes")
-PIXELMED = Path("/usr/share/java/pixelmed.jar")
 Judge = Callable[[Path], list[str]]
 
 
@@ -124,15 +123,6 @@ def test_dcmtk_decodes_the_capture(case: Any, tool: Any) -> None:
 
 
 @pytest.mark.long
-def test_pixelmed_finds_no_error_in_the_template(case: Any, tool: Any) -> None:
-    if not PIXELMED.is_file():
-        pytest.skip("needs PixelMed (libpixelmed-java)")
-    limits = [f"-Djdk.xml.xpath{name}Limit=0" for name in ("ExprOp", "TotalOp", "ExprGrp")]
+def test_pixelmed_finds_no_error_in_the_template(case: Any, pixelmed: Judge) -> None:
     for path in every_document(case):
-        done = tool(
-            "java", "-Xmx3g", *limits, "-cp", f"{PIXELMED}:/usr/share/java/commons-codec.jar",
-            "com.pixelmed.validate.DicomSRValidator", path, timeout=200,
-        )  # fmt: skip
-        said = (done.stdout + done.stderr).splitlines()
-        assert any("validation complete" in line.lower() for line in said), done.stderr
-        assert not [line for line in said if line.startswith("Error")]
+        assert pixelmed(path) == []
