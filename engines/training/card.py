@@ -104,7 +104,7 @@ def measured_of(text: str) -> str:
 def _table(tables: Mapping[str, Table]) -> str:
     rows = {
         "units scored (refused by rule)": lambda m: f"{m['n']} ({m['refused_by_rule']})",
-        "AUC of the planted signal, DeLong": lambda m: _ci(m["auc"]),
+        "AUC, DeLong": lambda m: _ci(m["auc"]),
         "AUC less that of the image alone, paired DeLong": lambda m: f"{_ci(m['auc_minus_image'])}, p {m['p']:.3g}",
         "sensitivity, Wilson": lambda m: _ci(m["sensitivity"]),
         "specificity, Wilson": lambda m: _ci(m["specificity"]),

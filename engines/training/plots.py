@@ -31,7 +31,7 @@ def draw(folder: Path, y: stats.Labels, probability: stats.Array, figures: Mappi
     axes = figure.add_subplot()
     false, true = roc(y, probability)
     axes.step(false, true, where="post")
-    title = f"Planted signal, n = {len(y)}\nAUC {auc['value']:.3f} (95 % DeLong {low:.3f} to {high:.3f})"
+    title = f"n = {len(y)}\nAUC {auc['value']:.3f} (95 % DeLong {low:.3f} to {high:.3f})"
     save(figure, axes, title, "1 - specificity", "sensitivity", "roc.png")
 
     figure = Figure(figsize=(4.6, 4.6), layout="constrained")
