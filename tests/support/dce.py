@@ -1,4 +1,4 @@
-"""One dynamic liver phantom in every encoding that scanners write, with pydicom; files on disk and read as the node does."""
+"""One dynamic liver phantom in every encoding that scanners write, with pydicom; read back as the node does."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def instance(folder: Path, number: int, ds: Dataset) -> Instance:
     return Instance(f"{number:032x}", read_header(path), syntax, "0" * 64, path, "A", "B", "", "", 0.0)
 
 
-def stored(folder: Path, paths: Iterable[Path]) -> Study:
+def stored(paths: Iterable[Path]) -> Study:
     """Files of others as a study."""
     found = []
     for number, path in enumerate(paths, start=1):
