@@ -21,7 +21,7 @@ Finding = tuple[str, str, str]
 def check(config: Config) -> tuple[dict[str, Any], int]:
     """The answer (docs/schemas/check) and the exit code: 0 = no warning and no error."""
     check_routes(config.routes, "config.yaml")
-    found = [*_store(config), *_decoders(), *_tls(config), *_engines(config), *_unbuilt(config)]
+    found = [*_store(config), *_decoders(), *_tls(config), *_engines(config), *_clinical(config), *_unbuilt(config)]
     ok = not any(level in ("warning", "error") for level, _, _ in found)
     findings = [{"level": level, "about": about, "text": text} for level, about, text in found]
     return {"ok": ok, "findings": findings}, 0 if ok else 1
@@ -94,6 +94,19 @@ def _withheld(config: Config, route: str, names: tuple[str, ...]) -> Iterator[Fi
                 "loopback nor has accept_demonstration: true"
             )
             yield "warning", f"route {route}", text
+
+
+def _clinical(config: Config) -> Iterator[Finding]:
+    """A route that asks for a value which no engine collects would wait for ever, and the sender look slow."""
+    wanted = packages.wanted_of(config.engines.path)
+    known = {entry.name.casefold() for route in config.routes for entry in wanted(route.engine)}
+    for route in config.routes:
+        asked = [*route.require.clinical]
+        for matcher in (*route.indication.any, *route.indication.all):
+            value = matcher.get("clinical", [])
+            asked += [value] if isinstance(value, str) else [str(v) for v in value] if isinstance(value, list) else []
+        for name in sorted({name for name in asked if name.casefold() not in known}):
+            yield "error", f"route {route.name}", f"no engine of the routes collects a clinical value {name}"
 
 
 def _unbuilt(config: Config) -> Iterator[Finding]:
