@@ -32,7 +32,8 @@ VERIFICATION = "1.2.840.10008.1.1"
 UNCOMPRESSED: list[str | UID] = [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
 CONNECT_SECONDS, ACSE_SECONDS, DIMSE_SECONDS = 10.0, 30.0, 60.0
 BATCH, IDLE_SECONDS = 50, 30.0
-"""One association carries at most so many objects and is not kept longer than this without work."""
+"""One association carries at most so many objects, unless its user says otherwise, and is not kept longer than this
+without work."""
 TCP_QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 
 _REJECT_PERMANENT: dict[tuple[int | None, int | None], str] = {
@@ -69,8 +70,8 @@ class EchoOutcome:
 class Sender:
     """Not thread-safe: one sender a destination worker."""
 
-    def __init__(self, calling_ae_title: str) -> None:
-        self._calling = calling_ae_title
+    def __init__(self, calling_ae_title: str, *, objects_per_association: int = BATCH) -> None:
+        self._calling, self._limit = calling_ae_title, objects_per_association
         self._association: Association | None = None
         self._key: tuple[Any, ...] = ()
         self._sent, self._used = 0, 0.0
@@ -118,7 +119,7 @@ class Sender:
         """An association that carries `wanted`; None = there is one now."""
         key = (to.ae_title, to.host, to.port)
         open_now = self._association
-        if open_now is not None and open_now.is_established and self._sent < BATCH and self._key[:3] == key:
+        if open_now is not None and open_now.is_established and self._sent < self._limit and self._key[:3] == key:
             if wanted <= self._key[3]:
                 return None
             wanted |= self._key[3]

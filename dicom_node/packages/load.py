@@ -123,6 +123,8 @@ def active_package(task: TaskFolder, root: Path, *, require_signature: bool = Fa
     if version is not None and version not in _names(installed):  # also keeps ".." out of the path
         raise PackageError(f"{task.task.task}: the active version {version[:32]!r} is not installed")
     folder = task.folder / "model" if version is None else installed / version
+    if version is None and not folder.is_dir():
+        raise PackageError(f"{task.task.task}: no package comes with the task, and none is installed and active")
     package = package_for(task, folder, root, require_signature=require_signature)
     if version is not None and package.manifest.version != version:
         raise PackageError(f"{folder.name}: its manifest says version {package.manifest.version}")

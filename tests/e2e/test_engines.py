@@ -240,3 +240,17 @@ def test_a_further_engine_is_one_folder_and_one_route(make_node, pacs, tmp_path)
     (capture,) = [o for o in pacs.objects() if o.SOPClassUID == CAPTURE]
     assert capture.StudyInstanceUID == study_uid(study) and capture.NumberOfFrames == 2
     assert node.stop() == 0
+
+
+@pytest.mark.long
+def test_the_demo_shows_every_task_that_has_a_package(tmp_path):
+    command = [sys.executable, "-m", "dicom_node", "demo", "--keep", str(tmp_path / "kept")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    names = {path.parent.parent.name for path in (REPOSITORY / "engines").glob("*/model/manifest.yaml")}
+    pictures = [path.name for path in (tmp_path / "kept/pictures").iterdir()]
+    for name in names:
+        row = next(line for line in done.stdout.splitlines() if line.startswith((f"{name} ", f"{name}: not")))
+        assert "RESULT" in row or "not available: install" in row
+        assert "not available" in row or any(picture.startswith(f"{name}-heatmap-1") for picture in pictures)
+    assert "the real clip got no number" in done.stdout
