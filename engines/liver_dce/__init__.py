@@ -1,0 +1,1 @@
+"""liver_dce: proliferative hepatocellular carcinoma on multi-phase contrast-enhanced MRI."""
