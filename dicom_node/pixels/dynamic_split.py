@@ -54,17 +54,19 @@ def groups(frames: Sequence[Frame], rules: Rules) -> list[list[Frame]] | Refusal
 
     Groups of few positions are left out; a series that mixes orientations, sizes or frames of reference is refused.
     """
-    found: list[list[Frame]] = []
     by_series: dict[tuple[str, str], list[Frame]] = {}
     for frame in frames:
         by_series.setdefault((frame.series, frame.part), []).append(frame)
-    for of_series in by_series.values():
-        for of_echo in _echoes(of_series):
-            kept = _one_geometry(of_echo, rules)
-            if isinstance(kept, Refusal):
-                return kept
-            if kept:
-                found.append(kept)
+    clustered = [_clusters(echo) for of_series in by_series.values() for echo in _echoes(of_series)]
+    models = [c[0] for clusters in clustered for c in clusters if _size(c) >= rules.minimum_slices]
+    found: list[list[Frame]] = []
+    for clusters in clustered:
+        # Few slices of the geometry of a whole phase are what is left of one.
+        if any(_alike(c[0], m) for c in clusters for m in models):
+            refusal = _several(clusters)
+            if refusal is not None:
+                return refusal
+            found.append(clusters[0])
     return found
 
 
@@ -79,8 +81,8 @@ def _echoes(frames: list[Frame]) -> list[list[Frame]]:
     return [echoes[k] for k in sorted(echoes)]
 
 
-def _one_geometry(frames: list[Frame], rules: Rules) -> list[Frame] | Refusal:
-    """The frames, [] if they are too few for a volume, or a Refusal if they are not of one geometry."""
+def _clusters(frames: list[Frame]) -> list[list[Frame]]:
+    """Frames of one geometry each."""
     clusters: list[list[Frame]] = []
     for frame in frames:
         for cluster in clusters:
@@ -89,17 +91,20 @@ def _one_geometry(frames: list[Frame], rules: Rules) -> list[Frame] | Refusal:
                 break
         else:
             clusters.append([frame])
-    if max(map(_size, clusters)) < rules.minimum_slices:
-        return []
+    return clusters
+
+
+def _several(clusters: list[list[Frame]]) -> Refusal | None:
+    """Why one series is not one geometry."""
     if any(c[0].plane is None for c in clusters):
         return Refusal(RefusalCode.GEOMETRY_MIXED, "slices do not say where they lie in the patient")
     if len({f.frame_of_reference for c in clusters for f in c}) > 1:
         return Refusal(RefusalCode.FRAME_OF_REFERENCE_MISMATCH, "several frames of reference in one series")
     if len(clusters) > 1:
         return Refusal(RefusalCode.GEOMETRY_MIXED, "one series holds slices of several orientations or sizes")
-    if len({f.stored_as for f in frames}) > 1:
+    if len({f.stored_as for f in clusters[0]}) > 1:
         return Refusal(RefusalCode.PIXEL_FORMAT_MISMATCH, "slices of one series differ in bits or sign")
-    return frames
+    return None
 
 
 def _size(frames: Sequence[Frame]) -> int:
