@@ -74,7 +74,7 @@ def pointing(cohort: Cohort, maps: Table) -> dict[str, Any]:
 
 def random_weights(chain: Chain, cohort: Cohort, maps: Table, fitted: signature.Signature) -> float:
     """Mean structural similarity, in the box of the region, with maps of weights drawn at random (Adebayo 2018)."""
-    from engines.training.gates import _ssim as similarity
+    from engines.training.gates import ssim as similarity
 
     rng = np.random.default_rng(1)
     weights = rng.standard_normal(len(fitted.terms))

@@ -50,7 +50,7 @@ def random_weights(run: Run) -> float:
     fitted = fit.load(run.task, run.preset, run.checkpoint)
     torch.manual_seed(1)
     random = run.recipe.network(run.preset).eval()
-    similar = [_ssim(a, b) for a, b in zip(_maps(fitted, positives), _maps(random, positives), strict=True)]
+    similar = [ssim(a, b) for a, b in zip(_maps(fitted, positives), _maps(random, positives), strict=True)]
     return round(float(np.mean(similar)), 3)
 
 
@@ -63,7 +63,7 @@ def _maps(model: Any, cohort: Cohort) -> NDArray[np.float32]:
     return activation_map(out[1].numpy(), model.full_head()[0].numpy(), 1)
 
 
-def _ssim(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+def ssim(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     """Structural similarity of two maps, each brought to zero mean and unit variance."""
     from monai.losses.ssim_loss import SSIMLoss
 

@@ -190,6 +190,11 @@ class Recipe:
 
     # -- evaluation
 
+    def measured(self, run: Run) -> dict[str, Any]:
+        """Further figures of a package on its test cohort, into `metrics`; `more` holds sentences for the card."""
+        del run
+        return {}
+
     def image_input(self, grey: list[NDArray[np.uint8]]) -> NDArray[np.float32] | None:
         """Any images (H, W) as network input (k, *input), the engine's rules left aside; None = not possible."""
         engine: Any = engine_of(self.task)

@@ -97,7 +97,7 @@ def do_evaluate(o: Run) -> None:
         found["gate_real"] = notes.get("metrics", {}).get("gate_real", {})
     if o.readers is not None:
         found["readers"] = evaluate.readers(o.readers, test, scores["test"].margin)
-    found |= gates.examine(o)
+    found |= gates.examine(o) | recipe.measured(o)
     plots.draw(o.checkpoint, scores["test"].y, choices.probability(scores["test"].margin), found["test"])
     package.write_json(o.checkpoint, "evaluation.json", found)
     _note(o, {"metrics": found})
