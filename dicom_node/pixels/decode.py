@@ -5,6 +5,7 @@ surface, so a crash or an allocation past the limit costs that child alone. Read
 Every failure is a `PixelsUndecodableError`, whose text names the transfer syntax and never a value of the data set.
 
     framing   what lies where, and what it will cost         codecs   bytes → samples
+    direct    the same for plain grey files, unparsed
     color     samples → grey or RGB                          decode   the order of things, and the way it fails
 """
 
@@ -22,6 +23,7 @@ from pydicom.uid import UID
 from dicom_node.errors import NodeError, StoreError
 from dicom_node.pixels import codecs
 from dicom_node.pixels.color import YBR, Palette, YbrToRgb, off_grey, split_422, upright
+from dicom_node.pixels.direct import locate
 from dicom_node.pixels.framing import (
     NATIVE,
     PARSE_ERRORS,
@@ -33,7 +35,7 @@ from dicom_node.pixels.framing import (
     transfer_syntax,
 )
 from dicom_node.result import Refusal, RefusalCode
-from dicom_node.study import Instance
+from dicom_node.study import Header, Instance
 
 COLOR_SPACE_CORRECTED = "COLOR_SPACE_CORRECTED"
 """Photometric Interpretation says RGB and the pixels are YCbCr, or the reverse; the pixels were believed."""
@@ -65,7 +67,8 @@ class PixelDecoder:
     def frames(self, instance: Instance, numbers: Sequence[int] | None = None) -> Iterator[NDArray[Any]]:
         """Decoded frames (H, W) or (H, W, 3) RGB in the order asked for; `numbers` count from 1; None = all."""
         notes = self._notes.setdefault(instance.instance_id, set())
-        return decode_file(instance.path, numbers, limits=self._limits, notes=notes)
+        known = (instance.header, instance.transfer_syntax_uid)
+        return decode_file(instance.path, numbers, limits=self._limits, notes=notes, known=known)
 
     def notes(self, instance: Instance) -> tuple[str, ...]:
         """What had to be put right in this instance so far (COLOR_SPACE_CORRECTED, FRAME_COUNT_CORRECTED)."""
@@ -73,22 +76,34 @@ class PixelDecoder:
 
 
 def decode_file(
-    path: Path, numbers: Sequence[int] | None = None, *, limits: Limits | None = None, notes: set[str] | None = None
+    path: Path,
+    numbers: Sequence[int] | None = None,
+    *,
+    limits: Limits | None = None,
+    notes: set[str] | None = None,
+    known: tuple[Header, str] | None = None,
 ) -> Iterator[NDArray[Any]]:
     """Decode a Part 10 file, lazily. Grey up to 8 bits, RGB and palettes come as uint8, single bits (SEG) as 0 and 1;
-    deeper grey keeps its depth and sign.
+    deeper grey keeps its depth and sign. `known`: the file's header and transfer syntax, which save parsing it again.
 
     Raises PixelsUndecodableError, at the first frame at the earliest; StoreError where the file system is to blame.
     """
     name = "unknown transfer syntax"
+    limits, notes = limits or Limits(), notes if notes is not None else set()
     try:
+        if known is not None and known[1] in NATIVE:
+            name = _name(known[1])
+            with path.open("rb") as file:
+                located = locate(file, *known, limits)
+                if located is not None:
+                    yield from _frames(file, located, numbers, notes)
+                    return
         syntax = transfer_syntax(path)
         name = _name(syntax)
         if syntax not in NATIVE and syntax not in codecs.CODECS:
             raise UndecodableError("no decoder for this transfer syntax")
         with path.open("rb") as file:
-            stored = open_stored(file, syntax, limits or Limits())
-            yield from _frames(file, stored, numbers, notes if notes is not None else set())
+            yield from _frames(file, open_stored(file, syntax, limits), numbers, notes)
     except UndecodableError as e:
         raise PixelsUndecodableError(name, str(e)) from None
     except ImportError:

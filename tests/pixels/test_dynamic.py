@@ -361,7 +361,7 @@ def test_a_model_gets_the_phases_it_asks_for_and_no_others(tmp_path: Path) -> No
     assert isinstance(stack, Stack) and np.array_equal(stack.volume, dce.Dce().values[[1, 3]].astype(np.float32))
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.long
 def test_the_quantitative_imaging_phantom_is_in_order_of_time(shared_data: Path, tmp_path: Path) -> None:
     """661 images of one slice, half a second apart; six maps of other flip angles are no part of it."""
     with zipfile.ZipFile(shared_data / "mr" / "qiba_dce_dro_v4.zip") as archive:
