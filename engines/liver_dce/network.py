@@ -1,9 +1,9 @@
 """One encoder for every phase, self-attention over the phases, a classifier; its activation map in the graph. torch.
 
 The encoder sees a phase and the outline of the tumour (two channels); its weights are the same for all phases. Its last
-map, globally averaged, is the phase's token. `build("paper")` is a 3D ConvNeXt V2 (Woo et al. 2023), which fully
-convolutional masked pre-training was designed with; `build("demo")` plain conv-BN blocks, which learn from few cases on
-a processor. Both can be pre-trained by `engines.training.pretrain`.
+map, averaged over the tumour, is the phase's token: what stands beside the tumour counts as far as a cell sees.
+`build("paper")` is a 3D ConvNeXt V2 (Woo et al. 2023), which fully convolutional masked pre-training was designed with;
+`build("demo")` plain conv-BN blocks, which learn from few cases on a processor. `engines.training.pretrain` takes both.
 
 Train form: (logits, features) and, in evaluation, the map over all phases. Deployed: logits, features, cam (a map per
 phase), attention (the share of attention each phase receives). The head is not linear, so its gradient differs from
@@ -218,8 +218,8 @@ class PhaseHead(nn.Module):
 
 
 class PhaseNet(nn.Module):
-    """The network. `features` (N, P * (E + C), d, h, w): for each phase the map of the first stage, averaged to the last
-    grid, and the last map; the first is for the out-of-distribution gate only."""
+    """The network. `features` (N, P * (E + C), d, h, w): for each phase the map of the first stage, averaged to the
+    last grid, and the last map; the first is for the out-of-distribution gate only."""
 
     def __init__(self, preset: Preset, classes: int = 2) -> None:
         super().__init__()
@@ -236,12 +236,13 @@ class PhaseNet(nn.Module):
         first = avg_pool3d(first, [a // b for a, b in zip(first.shape[2:], grid, strict=True)])
         maps = last.reshape(-1, PHASES, *last.shape[1:])
         features = torch.cat([first.reshape(-1, PHASES, *first.shape[1:]), maps], dim=2).flatten(1, 2)
-        tokens = maps.mean(dim=(3, 4, 5))
+        share = avg_pool3d(region, [a // b for a, b in zip(region.shape[2:], grid, strict=True)])[:, None]
+        share = share / share.sum(dim=(3, 4, 5), keepdim=True).clamp_min(EPS)
+        tokens = (maps * share).sum(dim=(3, 4, 5))
         if self.training:
             return self.head(tokens), features
         logits, attention, gradient = self.head.run(tokens)
-        cells = grid[0] * grid[1] * grid[2]
-        cam = (maps * gradient[..., None, None, None]).sum(dim=2) / cells
+        cam = (maps * gradient[..., None, None, None]).sum(dim=2) * share[:, :, 0]
         return (logits, features, cam, attention) if self.per_phase else (logits, features, cam.sum(dim=1))
 
     def deploy(self) -> PhaseNet:

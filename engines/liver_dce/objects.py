@@ -2,9 +2,9 @@
 
 numpy and pydicom; highdicom for the Segmentation.
 
-Encodings: `series` one series per phase, named by its description; `times` the same, told apart by time alone;
-`temporal` one series with Temporal Position Identifier; `acquisition` one series with Acquisition Number. Training side;
-the node reads files like these and knows nothing of this module.
+Encodings: `series` one series per phase, named by its description; `times` the same, told apart by time alone, each
+with a rescale slope of its own; `temporal` one series with Temporal Position Identifier; `acquisition` one series with
+Acquisition Number. Training side; the node reads files like these and knows nothing of this module.
 """
 
 from __future__ import annotations
