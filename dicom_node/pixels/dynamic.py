@@ -270,18 +270,20 @@ class _Wanted:
 
 def load(found: Plan, pixels: FrameReader) -> Stack | Refusal:
     """Decode, rescale, lay all phases on one grid. Raises PixelsUndecodableError."""
-    volumes = [np.empty(p.grid.shape, dtype=np.float32) for p in found.phases]
-    refusal = _fill(volumes, found, pixels)
-    if refusal is not None:
-        return refusal
     reference = found.phases[found.reference].grid
     moved = [i for i, p in enumerate(found.phases) if not geometry.same_grid(p.grid, reference)]
     grid = geometry.common(reference, [found.phases[i].grid for i in moved]) if moved else reference
     if isinstance(grid, Refusal):
         return grid
-    volume = np.empty((len(volumes), *grid.shape), dtype=np.float32)
-    for index, phase in enumerate(found.phases):
-        volume[index] = volumes[index] if not moved else geometry.resample(volumes[index], phase.grid, grid)
+    volume = np.empty((len(found.phases), *grid.shape), dtype=np.float32)
+    # On one grid the slices are decoded where they stay: a second array of this size costs more than the decoding.
+    apart = [np.empty(p.grid.shape, dtype=np.float32) for p in found.phases] if moved else list(volume)
+    refusal = _fill(apart, found, pixels)
+    if refusal is not None:
+        return refusal
+    if moved:
+        for index, phase in enumerate(found.phases):
+            volume[index] = geometry.resample(apart[index], phase.grid, grid)
     volume.flags.writeable = False
     notes = dict(found.notes)
     if moved:
