@@ -94,10 +94,11 @@ def predict(selection: Selection, pixels: PixelReader, run: RunModel) -> Predict
     notes: dict[str, str] = {}
     refusals: list[Refusal] = []
     marked: dict[int, tuple[Instance, roi.PlanarRoi]] = {}
-    for clip in clips:
+    for order, clip in enumerate(clips, start=1):
         found = roi.planar_rois(study, clip, pixels)
         if isinstance(found, Refusal):
             refusals.append(found)
+            notes[f"clip {order}: its region is not used"] = str(found)
             continue
         for region in found:
             if region.structure != "organ":

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dicom_node.pixels import ultrasound
 from dicom_node.pixels.grey import resize
 from dicom_node.result import Refusal
-from engines.thyroid_cine import dicom, engine, phantom
+from engines.thyroid_cine import dicom, engine, phantom, segmentation
 from engines.training import dicomfile
 from engines.training.headers import MemoryReader, instance_of
 from engines.training.nuisance import image_statistics
@@ -42,7 +42,7 @@ class ThyroidCine(Recipe):
         image = dicom.dataset(clip, encoding, dicom.labels(**said))
         made = {f"{stem}-{encoding}.dcm": image}
         if args.roi:
-            made[f"{stem}-seg.dcm"] = dicom.segmentation(clip, image, args.uid_seed)
+            made[f"{stem}-seg.dcm"] = segmentation.segmentation(image, [clip.nodule], args.uid_seed)
         args.out.mkdir(parents=True, exist_ok=True)
         for name, ds in made.items():
             ds.save_as(args.out / name, enforce_file_format=True)

@@ -39,7 +39,7 @@ class Sample:
     x: NDArray[np.float32]
     """(k, *input): k network inputs whose logits are averaged; k = 1 for a volume or a still."""
     place: NDArray[np.float32]
-    """(*grid): share of each cell that holds the planted signal; zero for label 0. As many axes as the map has."""
+    """(*grid): share of each cell that a map should point at; zero where nothing is planted. Axes as the map has."""
     nuisance: NDArray[np.float64]
     """(q,): image statistics and metadata that a shortcut would use."""
     covariates: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))

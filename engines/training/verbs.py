@@ -23,7 +23,8 @@ from engines.training.evaluate import Graph
 from engines.training.package import Choices
 from engines.training.recipe import Run
 
-GOLDEN_CASES = 4
+GOLDEN_CASES, GOLDEN_BYTES = 4, 2_000_000
+"""Cases of the scoring model for golden.npz: so many, fewer where inputs are volumes, never less than two."""
 
 
 def run(verb: str, o: Run) -> int:
@@ -62,7 +63,8 @@ def do_package(o: Run) -> None:
     choices = package.choose(train, validation)
     package.write_arrays(o.out, "ood.npz", {"mean": choices.ood_mean, "precision": choices.ood_precision})
     maps = recipe.scale_maps(o, graph, head_of(o.out))
-    x = np.stack([held.x[i, min(2, held.counts[i] - 1)] for i in range(GOLDEN_CASES)]).astype(np.float32)
+    cases_wanted = min(GOLDEN_CASES, max(2, GOLDEN_BYTES // (4 * held.x[0, 0].size)))
+    x = np.stack([held.x[i, min(2, held.counts[i] - 1)] for i in range(cases_wanted)]).astype(np.float32)
     cases = {f"{recipe.explained}.{name}": value for name, value in graph.run(x).items()}
     package.write_arrays(o.out, "golden.npz", {f"{recipe.explained}.x": x, **cases, **recipe.golden(o)})
     _note(o, {"choices": _chosen(choices), "scale": package.scale(maps), "fusion": recipe.fusion(o)})
