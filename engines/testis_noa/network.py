@@ -6,10 +6,11 @@ stacks: stride 8 of an image of 74² (the graph averages its 224² input 3 x 3),
 cells is fine enough to show where a score comes from. Padding is symmetric, where Keras pads strided layers on one
 side. The auxiliary head of the training recipe on ImageNet is no part of the network in use and left out, as in Keras.
 
-Outputs: `logits` and `features`. `features` holds the last feature map (after its ReLU) and, before it, the maps after
-the stem and the first stack, averaged to the same grid. The head ignores those (`full_head` gives them weight zero, so
-a class activation map stays exact); they are for the out-of-distribution gate, because the last map alone has learnt to
-ignore what makes an image foreign.
+Outputs: `logits` and `features`. `features` holds the last feature map (after its ReLU) and, before it, what the
+out-of-distribution gate needs beside it: the maps after the stem and the first stack, and statistics of the image
+itself. The head ignores those (`full_head` gives them weight zero, so a class activation map stays exact). The last map
+alone has learnt to ignore what makes an image foreign, and the mean pooling makes white noise look like speckle; light,
+roughness and skewness of the grey values at three scales do not.
 """
 
 from __future__ import annotations
@@ -138,12 +139,34 @@ class ReductionCell(nn.Module):
         return torch.cat([two, three, four, five], dim=1)
 
 
+class Statistics(nn.Module):
+    """(N, C, H, W) to (N, 15 C, 1, 1): how rough, how skewed and how bright an image is. No weights.
+
+    At full, half and quarter size: what stands out above and below the 5 x 5 neighbourhood, and the mean step to the
+    next row and column; then the mean, and how much is nearly white and nearly black.
+    """
+
+    channels = 15
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        for size in (1, 2, 4):
+            y = avg_pool2d(x, size) if size > 1 else x
+            apart = y - avg_pool2d(y, 5, 1, 2, count_include_pad=False)
+            found += [torch.relu(apart), torch.relu(-apart)]
+            found += [(y[:, :, 1:] - y[:, :, :-1]).abs(), (y[..., 1:] - y[..., :-1]).abs()]
+        found += [x, torch.relu(x - 2.5), torch.relu(-0.8 - x)]
+        # In two steps: the sum of a whole image leaves the range of half precision.
+        return torch.cat([avg_pool2d(f, 7).mean(dim=(2, 3), keepdim=True) for f in found], dim=1)
+
+
 class NasNet(nn.Module):
     """The network; `forward` gives (logits (N, K), features (N, C, h, w))."""
 
     def __init__(self, preset: Preset, channels: int = 1, classes: int = 2) -> None:
         super().__init__()
         f, s = preset.filters, preset.strides
+        self.statistics = Statistics()
         self.pool = nn.AvgPool2d(preset.pool) if preset.pool > 1 else nn.Identity()
         self.stem = nn.Sequential(nn.Conv2d(channels, preset.stem, 3, s[0], 1, bias=False), _norm(preset.stem))
         self.stem1 = ReductionCell(preset.stem, None, f // 4, False, s[1])
@@ -159,10 +182,11 @@ class NasNet(nn.Module):
                 cells.append(NormalCell(last, before, filters, halve))
                 last, before, halve = 6 * filters, last, False
         self.cells = nn.ModuleList(cells)
-        self.gate_channels = f // 2 * 4 + 6 * f
+        self.gate_channels = Statistics.channels * channels + f // 2 * 4 + 6 * f
         self.head = nn.Linear(last, classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        image = self.statistics(x)
         before = self.stem(self.pool(x))
         x = self.stem1(before, before)
         before, x = x, self.stem2(x, before)
@@ -172,7 +196,7 @@ class NasNet(nn.Module):
             if index == CELLS - 1:
                 early.append(torch.relu(x))
         x = torch.relu(x)
-        gate = [avg_pool2d(e, e.shape[-1] // x.shape[-1]) for e in early]
+        gate = [image.expand(-1, -1, *x.shape[2:]), *(avg_pool2d(e, e.shape[-1] // x.shape[-1]) for e in early)]
         return self.head(x.mean(dim=(2, 3))), torch.cat([*gate, x], dim=1)
 
     def full_head(self) -> tuple[Tensor, Tensor]:

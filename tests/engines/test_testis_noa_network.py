@@ -55,6 +55,21 @@ def test_the_head_reads_the_pooled_last_map_and_nothing_of_the_gate() -> None:
     assert features[:, : model.gate_channels].std() > 0
 
 
+def test_the_gate_sees_light_and_roughness_of_the_image_itself() -> None:
+    """A flat image has no roughness; a chequer of single pixels is rough at full size and flat at half size."""
+    statistics = network.Statistics()
+    flat, rows = torch.full((1, 1, 224, 224), 0.5), torch.zeros(1, 1, 224, 224)
+    rows[:, :, ::2] = 1.0
+    chequer = (rows + rows.transpose(2, 3)) % 2
+    of_flat, of_rows, of_chequer = (statistics(x)[0, :, 0, 0] for x in (flat, rows, chequer))
+    assert of_flat.tolist() == pytest.approx([0.0] * 12 + [0.5, 0.0, 0.0], abs=1e-6)
+    assert of_rows[2].item() == pytest.approx(1.0)  # steps from row to row
+    assert of_rows[3].item() == 0.0  # and none from column to column
+    assert of_chequer[:2].min() > 0.2
+    assert of_chequer[2:4].tolist() == pytest.approx([1.0, 1.0])
+    assert of_chequer[4:12].abs().max() < 1e-6
+
+
 def test_analytic_map_is_grad_cam() -> None:
     """d logit / d feature = W / Z: weighting the features by their averaged gradient gives the same map."""
     model = _trained("nano")
