@@ -91,11 +91,14 @@ def predict(selection: Selection, pixels: PixelReader, run: RunModel) -> Predict
     stack = dynamic.load(plan, pixels)
     if isinstance(stack, Refusal):
         return stack
-    lesions = _outlined(study, stack, pixels)
-    if isinstance(lesions, Refusal):
-        return lesions
+    every = _outlined(study, stack, pixels)
+    if isinstance(every, Refusal):
+        return every
+    lesions = sorted(every[:MAX_LESIONS], key=lambda r: r.number)
     times = (f"{name} {seconds:.0f}" for name, seconds in zip(stack.phases, stack.times, strict=True))
     notes = dict(stack.notes) | {"phase times (s)": ", ".join(times)}
+    if len(every) > len(lesions):
+        notes["lesions not assessed"] = f"{len(every) - len(lesions)}, beyond the {MAX_LESIONS} largest"
     units: list[UnitPrediction] = []
     refusals: list[Refusal] = []
     for number, lesion in enumerate(lesions, start=1):
@@ -112,7 +115,7 @@ def predict(selection: Selection, pixels: PixelReader, run: RunModel) -> Predict
 
 
 def _outlined(study: Study, stack: dynamic.Stack, pixels: PixelReader) -> list[roi.VolumeRoi] | Refusal:
-    """The largest regions that are not coded as an organ, by number."""
+    """The regions that are not coded as an organ, the largest first."""
     references = frozenset(ref.sop_instance_uid for phase in stack.frames for ref in phase)
     depth, rows, columns = stack.volume.shape[1:]
     found = roi.volume_rois(study, references, (depth, rows, columns), stack.affine, stack.frame_of_reference, pixels)
@@ -121,8 +124,7 @@ def _outlined(study: Study, stack: dynamic.Stack, pixels: PixelReader) -> list[r
     lesions = [r for r in found if r.structure != "organ"]
     if not lesions:
         return Refusal(RefusalCode.ROI_REQUIRED, "no tumour is outlined on these phases")
-    largest = sorted(lesions, key=lambda r: (-int(r.mask.sum()), r.number))[:MAX_LESIONS]
-    return sorted(largest, key=lambda r: r.number)
+    return sorted(lesions, key=lambda r: (-int(r.mask.sum()), r.number))
 
 
 def prepare(volume: Volume, affine: NDArray[np.float64], mask: NDArray[np.bool_]) -> Prepared | Refusal:

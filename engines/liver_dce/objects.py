@@ -122,11 +122,11 @@ def _general(exam: Exam, key: bytes, start: datetime.datetime, labels: Labels) -
     ds.StudyDescription, ds.Modality, ds.BodyPartExamined = labels.description, "MR", labels.body_part
     ds.Manufacturer, ds.ManufacturerModelName = "dicom-node", "liver phantom"
     ds.DeviceSerialNumber, ds.SoftwareVersions = "0", "1"
-    ds.ImageType = ["ORIGINAL", "PRIMARY", "M", "NONE"]
+    ds.ImageType = ["ORIGINAL", "PRIMARY", "OTHER"]
     ds.ScanningSequence, ds.SequenceVariant, ds.ScanOptions, ds.MRAcquisitionType = "GR", "SP", "FS", "3D"
     ds.RepetitionTime, ds.EchoTime, ds.FlipAngle = f"{exam.tr_ms:.3f}", "1.4", f"{exam.flip_deg:.2f}"
     ds.EchoTrainLength, ds.MagneticFieldStrength, ds.EchoNumbers = 1, "1.5", 1
-    ds.Laterality, ds.PositionReferenceIndicator, ds.PatientPosition = "", "", "HFS"
+    ds.PositionReferenceIndicator, ds.PatientPosition = "", "HFS"
     if labels.agent:
         ds.ContrastBolusAgent, ds.ContrastBolusRoute = labels.agent, "Intravenous"
     return ds
@@ -168,7 +168,8 @@ def _geometry(ds: Dataset, exam: Exam, index: int, key: bytes) -> None:
 
 def _pixels(ds: Dataset, exam: Exam, phase: int, index: int, encoding: str) -> None:
     plane = exam.volume[phase, index]
-    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = *plane.shape, 1, "MONOCHROME2"
+    ds.Rows, ds.Columns = plane.shape
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
     if encoding == "times":
         slope = SLOPES[phase]
