@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-import numpy as np
 from numpy.typing import NDArray
 
 from dicom_node import decide, packages
