@@ -98,7 +98,7 @@ class LiverDce(Recipe):
     def inputs(self) -> list[dict[str, Any]]:
         return [
             {
-                "name": "x", "kind": "volume", "frames": engine.GRID[0], "size": list(engine.GRID[1:]),
+                "name": "x", "kind": "phases", "frames": engine.GRID[0], "size": list(engine.GRID[1:]),
                 "channels": 5, "normalise": {"mean": 0.0, "std": 1.0},
             }
         ]  # fmt: skip
