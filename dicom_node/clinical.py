@@ -34,6 +34,7 @@ _LEFT = {("7771000", "SCT"), ("G-A101", "SRT"), ("G-A101", "SNM3")}
 _LATERALITY = {("272741003", "SCT"), ("G-C171", "SRT"), ("G-C171", "SNM3")}
 _AGE_CODES = {("30525-0", "LN"), ("121033", "DCM"), ("424144002", "SCT")}
 """Age, Subject Age, Current chronological age: what Patient's Age (0010,1010) answers."""
+_FINDING_SITE = {("363698007", "SCT"), ("G-C0E3", "SRT"), ("G-C0E3", "SNM3")}
 _AGE_UNITS = {"Y": "a", "M": "mo", "W": "wk", "D": "d"}
 
 
@@ -63,6 +64,8 @@ class Wanted(Protocol):
     def max_age_days(self) -> float: ...
     @property
     def per_side(self) -> bool: ...
+    @property
+    def site(self) -> _Coded | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,8 @@ class _Number:
     unit: str
     side: str
     when: datetime | None
+    site: tuple[str, str] = ("", "")
+    """Finding Site, of the item or of what holds it."""
 
 
 class Ucum:
@@ -144,7 +149,7 @@ def collect(study: Study, wanted: Iterable[Wanted], ucum: Ucum) -> Collected:
     problems: list[str] = []
     for entry in entries:
         codes = {(c.value, c.scheme) for c in (entry.code, *entry.also)}
-        found = [n for n in numbers if n.code in codes]
+        found = [n for n in numbers if n.code in codes and _of_site(n, entry)]
         if codes & _AGE_CODES and not found:
             found = list(_ages(study))
         usable: list[ClinicalInput] = []
@@ -221,22 +226,22 @@ def _ages(study: Study) -> Iterator[_Number]:
 def _numbers(report: Instance) -> Iterator[_Number]:
     header = report.header
     when = _moment(header.text("ContentDate"), header.text("ContentTime"))
-    stack = [(item, "", when, 0) for item in reversed(header.items_of("ContentSequence"))]
+    stack = [(item, "", ("", ""), when, 0) for item in reversed(header.items_of("ContentSequence"))]
     seen = 0
     while stack and seen < MAX_ITEMS:
-        item, side, when, depth = stack.pop()
+        item, side, site, when, depth = stack.pop()
         seen += 1
-        side = _side(item) or side
+        side, site = _side(item) or side, _site(item) or site
         when = _observed(item) or when
         if item.text("ValueType") == "NUM":
-            number = _number(item, side, when)
+            number = _number(item, side, site, when)
             if number is not None:
                 yield number
         if depth < MAX_DEPTH:
-            stack += [(child, side, when, depth + 1) for child in reversed(item.items_of("ContentSequence"))]
+            stack += [(child, side, site, when, depth + 1) for child in reversed(item.items_of("ContentSequence"))]
 
 
-def _number(item: Header, side: str, when: datetime | None) -> _Number | None:
+def _number(item: Header, side: str, site: tuple[str, str], when: datetime | None) -> _Number | None:
     names, measured = item.items_of("ConceptNameCodeSequence"), item.items_of("MeasuredValueSequence")
     if not names or not measured:
         return None
@@ -245,7 +250,21 @@ def _number(item: Header, side: str, when: datetime | None) -> _Number | None:
     if value is None or not math.isfinite(value):
         return None
     in_ucum = bool(units) and units[0].text("CodingSchemeDesignator") == "UCUM"
-    return _Number(_code(names[0]), value, units[0].text("CodeValue") if in_ucum else "", side, when)
+    return _Number(_code(names[0]), value, units[0].text("CodeValue") if in_ucum else "", side, when, site)
+
+
+def _of_site(number: _Number, entry: Wanted) -> bool:
+    """A hydrocele has a volume and a side too: where the code names no organ, the Finding Site must."""
+    return entry.site is None or number.site == (entry.site.value, entry.site.scheme)
+
+
+def _site(item: Header) -> tuple[str, str] | None:
+    """The Finding Site that an item's modifiers say."""
+    for child in item.items_of("ContentSequence"):
+        concept, said = child.items_of("ConceptNameCodeSequence"), child.items_of("ConceptCodeSequence")
+        if concept and said and _code(concept[0]) in _FINDING_SITE:
+            return _code(said[0])
+    return None
 
 
 def _side(item: Header, depth: int = 0) -> str:

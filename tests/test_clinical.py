@@ -184,3 +184,23 @@ def test_dates_with_dots_and_times_with_fractions_are_read() -> None:
     found = collect(study(number(5), StudyDate="2024.06.01", StudyTime="120000.123"), [FSH], UCUM)
     assert found.values["FSH"].value == 5
     assert datetime.datetime.fromisoformat(found.values["FSH"].time or "2024-06-01")
+
+
+def test_a_volume_counts_only_where_the_report_says_that_it_is_of_the_organ() -> None:
+    """A hydrocele has a volume and a side too."""
+    volume = ClinicalEntry.model_validate(
+        {
+            "name": "VOLUME",
+            "code": {"value": "118565006", "scheme": "SCT", "meaning": "Volume"},
+            "unit": "mL",
+            "range": [0.5, 60],
+            "per_side": True,
+            "site": {"value": "40689003", "scheme": "SCT", "meaning": "Testis"},
+        }
+    )
+    of_testis = number(14, "mL", volume, laterality="R", site=("40689003", "SCT", "Testis"))
+    of_hydrocele = number(30, "mL", volume, laterality="R", site=("55434001", "SCT", "Hydrocele"))
+    unsaid = number(40, "mL", volume, laterality="R")
+    found = collect(study(of_hydrocele, of_testis, unsaid), [volume], UCUM)
+    assert {key: v.value for key, v in found.values.items()} == {"VOLUME R": 14.0}
+    assert collect(study(of_hydrocele, unsaid), [volume], UCUM).values == {}

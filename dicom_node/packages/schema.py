@@ -52,6 +52,8 @@ class ClinicalEntry(_Strict):
     max_age_days: Annotated[float, Field(gt=0)] = 90
     per_side: bool = False
     """True for a measurement of one of paired organs; the study must then say which."""
+    site: CodeEntry | None = None
+    """For a code that names no organ (Volume): only a value whose Finding Site is this one counts."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ClinicalEntry:
