@@ -18,7 +18,7 @@ from typing import Any, cast
 from numpy.typing import NDArray
 
 from dicom_node import decide, packages
-from dicom_node.engine import Engine, Prediction, Selection
+from dicom_node.engine import Engine, NoSuchModelError, Prediction, Selection
 from dicom_node.errors import PackageError, WorkerError
 from dicom_node.metrics import Recorder
 from dicom_node.packages import ModelPackage, Task
@@ -45,7 +45,7 @@ class Loaded:
         """`engine.RunModel`."""
         session = self.sessions.get(model)
         if session is None:
-            raise WorkerError(f"the package has no model {str(model)[:32]!r}")
+            raise NoSuchModelError(f"the package has no model {str(model)[:32]!r}")
         return session.run(inputs)
 
     def about(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dicom_node.engine import PixelReader, Prediction, RunModel, Selection, UnitPrediction
+from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, UnitPrediction
 from dicom_node.pixels import roi, ultrasound
 from dicom_node.result import ClinicalInput, FrameRef, Refusal, RefusalCode
 from dicom_node.study import Header, Instance, Study
@@ -185,7 +185,10 @@ def _located(instance: Instance, pixels: PixelReader, run: RunModel) -> Box | Re
         return Refusal(RefusalCode.ROI_REQUIRED, f"no region drawn, and {len(panes)} B-mode images on the still")
     pane = panes[0]
     (frame,) = pixels.frames(instance, (1,))
-    out = run("locator", {"x": locator_input(ultrasound.to_gray(pane.crop(frame)))})
+    try:
+        out = run("locator", {"x": locator_input(ultrasound.to_gray(pane.crop(frame)))})
+    except NoSuchModelError:
+        return Refusal(RefusalCode.ROI_REQUIRED, "no region drawn, and the package has no locator")
     cells = np.asarray(out["probability"], np.float32)[0, 0]
     found = roi.locate(cells, LOCATOR_CELLS)
     if found is None:

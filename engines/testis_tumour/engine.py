@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dicom_node.engine import PixelReader, Prediction, RunModel, Selection, UnitPrediction
+from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, UnitPrediction
 from dicom_node.pixels import roi, ultrasound
 from dicom_node.result import ClinicalInput, FrameRef, Refusal, RefusalCode
 from dicom_node.study import Instance, Study
@@ -189,7 +189,10 @@ def _located(pictures: Sequence[Instance], pixels: PixelReader, run: RunModel) -
         if panel is None or frame is None or ultrasound.has_color([panel.crop(frame)]):
             continue
         grey = panel.crop(ultrasound.to_gray(frame))
-        out = run("locator", {"x": locator_input(grey)})
+        try:
+            out = run("locator", {"x": locator_input(grey)})
+        except NoSuchModelError:
+            return  # nothing is located: a region is required
         place = roi.locate(np.asarray(out["probability"], np.float32)[0, 0], MIN_PLACE)
         if place is None:
             continue

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dicom_node.engine import PixelReader, Prediction, RunModel, Selection, UnitPrediction
+from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, UnitPrediction
 from dicom_node.pixels import roi, ultrasound
 from dicom_node.result import ClinicalInput, FrameRef, Refusal, RefusalCode
 from dicom_node.study import Header, Instance, Study
@@ -159,7 +159,11 @@ def locate(clip: Instance, pixels: PixelReader, run: RunModel) -> Box | Refusal:
     grey = [ultrasound.to_gray(pane.crop(frame)) for frame in pixels.frames(clip, numbers)]
     if not grey:
         return Refusal(RefusalCode.TOO_FEW_FRAMES, "the pixel data hold fewer frames than promised")
-    cells = np.asarray(run("locator", {"x": locator_input(grey)})["probability"], np.float32)[0, 0]
+    try:
+        out = run("locator", {"x": locator_input(grey)})
+    except NoSuchModelError:
+        return Refusal(RefusalCode.ROI_REQUIRED, "no region drawn, and the package has no locator")
+    cells = np.asarray(out["probability"], np.float32)[0, 0]
     found = roi.locate(cells, LOCATOR_CELLS)
     if found is None:
         return Refusal(RefusalCode.ROI_REQUIRED, "no region drawn, and the locator finds no nodule")

@@ -6,6 +6,7 @@ the card from test seeds that nothing was chosen on.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Mapping
@@ -147,6 +148,27 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
     text = "# Written by `python -m engines.training package`; its SHA-256 is the package's digest.\n"
     (folder / "manifest.yaml").write_text(text + yaml.safe_dump(whole, sort_keys=False, width=120), "utf-8")
     return manifest
+
+
+def sign(folder: Path, key_file: Path) -> str:
+    """Ed25519 over manifest.yaml, as its last block; a signature that stood there is replaced. `key_file` is a private
+    key in PEM without a passphrase (`openssl genpkey -algorithm ed25519`), its stem the key_id.
+
+    Returns the public key, 32 bytes in base64, as a site keeps it in `<store.root>/keys/<key_id>.pub`.
+    Raises ValueError when it is no such key.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    key = load_pem_private_key(key_file.read_bytes(), None)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ValueError(f"{key_file.name}: not an Ed25519 key")
+    path = folder / "manifest.yaml"
+    text = path.read_text("utf-8").partition("\nsignature:")[0].rstrip("\n") + "\n"
+    signature = {"alg": "ed25519", "key_id": key_file.stem, "sig": base64.b64encode(key.sign(text.encode())).decode()}
+    Manifest.model_validate(yaml.safe_load(text) | {"signature": signature})
+    path.write_text(text + yaml.safe_dump({"signature": signature}, sort_keys=False, width=200), "utf-8")
+    return base64.b64encode(key.public_key().public_bytes_raw()).decode()
 
 
 def write_json(folder: Path, name: str, content: Mapping[str, Any]) -> None:

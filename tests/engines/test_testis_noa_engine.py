@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataset import Dataset
 
-from dicom_node.engine import Prediction, Selection
+from dicom_node.engine import NoSuchModelError, Prediction, Selection
 from dicom_node.packages import Task
 from dicom_node.pixels.decode import PixelDecoder
 from dicom_node.result import ClinicalInput, Code, Refusal, RefusalCode
@@ -245,6 +245,18 @@ def test_a_locator_that_finds_nothing_means_a_region_is_required(study: Callable
     assert isinstance(answer, Refusal)
     assert answer.code == RefusalCode.ROI_REQUIRED
     assert not run.seen["classifier"]
+
+
+def test_a_package_without_a_locator_means_a_region_is_required(study: Callable[..., Study]) -> None:
+    class OnlyClassifier(Models):
+        def __call__(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+            if name == "locator":
+                raise NoSuchModelError(name)
+            return super().__call__(name, inputs)
+
+    answer = _predict(study("us-1", "us-2"), OnlyClassifier())
+    assert isinstance(answer, Refusal)
+    assert answer.code == RefusalCode.ROI_REQUIRED
 
 
 def test_a_side_without_a_place_is_said_beside_the_other(study: Callable[..., Study]) -> None:

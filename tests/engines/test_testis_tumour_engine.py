@@ -17,7 +17,7 @@ import yaml
 from highdicom.sr import CodedConcept
 from numpy.typing import NDArray
 
-from dicom_node.engine import Prediction, Selection
+from dicom_node.engine import NoSuchModelError, Prediction, Selection
 from dicom_node.packages import Task
 from dicom_node.pixels import ultrasound
 from dicom_node.pixels.decode import PixelDecoder
@@ -183,6 +183,18 @@ def test_no_region_and_no_place_is_refused(files: Callable[..., list[Instance]])
     assert isinstance(answer, Refusal)
     assert answer.code == RefusalCode.ROI_REQUIRED
     assert "radiomics" not in models.seen
+
+
+def test_a_package_without_a_locator_means_a_region_is_required(files: Callable[..., list[Instance]]) -> None:
+    class OnlyClassifier(Models):
+        def __call__(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+            if name == "locator":
+                raise NoSuchModelError(name)
+            return super().__call__(name, inputs)
+
+    answer, _ = _predict(files("us"), OnlyClassifier())
+    assert isinstance(answer, Refusal)
+    assert answer.code == RefusalCode.ROI_REQUIRED
 
 
 def test_the_spacing_of_the_machine_does_not_change_the_size(

@@ -19,7 +19,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from dicom_node.engine import Prediction, Selection
+from dicom_node.engine import NoSuchModelError, Prediction, Selection
 from dicom_node.packages import Task
 from dicom_node.pixels.decode import PixelDecoder
 from dicom_node.pixels.grey import resize
@@ -304,6 +304,18 @@ def test_a_locator_that_finds_nothing_means_a_region_is_required(study: Callable
     assert isinstance(answer, Refusal)
     assert answer.code == RefusalCode.ROI_REQUIRED
     assert not run.seen["classifier"]
+
+
+def test_a_package_without_a_locator_means_a_region_is_required(study: Callable[..., Study]) -> None:
+    class OnlyClassifier(Models):
+        def __call__(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+            if name == "locator":
+                raise NoSuchModelError(name)
+            return super().__call__(name, inputs)
+
+    answer = _predict(study("clip"), OnlyClassifier())
+    assert isinstance(answer, Refusal)
+    assert answer.code == RefusalCode.ROI_REQUIRED
 
 
 def test_a_region_that_cannot_be_placed_is_not_replaced_by_the_locator(

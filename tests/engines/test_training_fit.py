@@ -97,7 +97,7 @@ def _easy(first_seed: int, count: int) -> cohort.Cohort:
 def test_a_nano_network_learns_the_planted_signal(tmp_path: Path) -> None:
     train, held = _easy(500_000, 90), _easy(510_000, 40)
     assert len(train.y) >= 80
-    # Small batches: with twice the size, the few steps of so small a cohort ended before the network had turned the corner.
+    # Small batches: at twice the size, the steps of so small a cohort end before anything is learnt.
     settings = fit.Settings(
         seed=1, epochs=14, batch=12, frames_per_clip=3, learning_rate=6e-3, weight_decay=1e-3, localise=1.0
     )
