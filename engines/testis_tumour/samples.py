@@ -59,13 +59,13 @@ def prepared(made: phantom.Still, encoding: str) -> engine.Prepared | Refusal:
     return engine.prepare(picture, panel, mask)
 
 
-def pairs_of(first_seed: int, count: int) -> Pairs:
+def pairs_of(first_seed: int, count: int, settings: Settings | None = None) -> Pairs:
     """Acquired and sharp pictures of the same tissue, the window that the engine would cut."""
     from engines.training.superres import Pairs
 
     low, high = [], []
     for index in range(count):
-        made = phantom.make(first_seed + index, index % 2, sharp=True)
+        made = phantom.make(first_seed + index, index % 2, settings, sharp=True)
         found = prepared(made, ("raw", "jpeg")[index // 2 % 2])
         if isinstance(found, Refusal) or made.sharp is None:
             continue

@@ -47,7 +47,7 @@ PRESETS = {
     "demo": Preset(1 / 12, (2, 4, 2), stem=_PAIR),
     "nano": Preset(1 / 16, (1, 2, 1), stem=_PAIR),
 }
-PRESETS["plain"] = PRESETS["demo"]._replace(attention=False)  # for the comparison with attention
+PRESETS["nano-plain"] = PRESETS["nano"]._replace(attention=False)  # for the comparison with attention
 
 
 class Conv(nn.Sequential):

@@ -1,4 +1,4 @@
-"""`python -m engines.training`: phantom | fit | evaluate | export | package | reproduce. Parses and calls; no logic.
+"""`python -m engines.training`: phantom, fit, evaluate, export, package, reproduce, compare, sign. Parses and calls.
 
 `phantom` needs only what the node needs; the other verbs need the `train` extra and import it when they run.
 """
@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
         ("export", "write the ONNX graphs of a checkpoint and compare them with torch"),
         ("package", "write the model package: graphs, head, statistics, threshold, card"),
         ("reproduce", "fit, export, package and evaluate a demonstration package; task `all` = every task"),
+        ("compare", "fit and measure the arms of a task's comparisons; task `all` = every task that has some"),
     ):
         sub = verbs.add_parser(verb, help=text)
         sub.add_argument("task")
@@ -41,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--negative", required=True, help="name of the folder of label 0")
     sub.add_argument("--positive", required=True, help="name of the folder of label 1")
     sub.add_argument("--out", type=Path, required=True, help="new folder: copies and labels.csv")
+    sub = verbs.add_parser("sign", help="sign a finished package with Ed25519; prints the public key for the site")
+    sub.add_argument("package", type=Path, help="package folder")
+    sub.add_argument("--key", type=Path, required=True, help="private key, PEM; the file's stem is the key_id")
     return top
 
 
@@ -81,7 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(folder.from_class_folders(args.source, args.negative, args.positive, args.out), "files")
         return 0
-    every = args.verb == "reproduce" and args.task == "all"
+    if args.verb == "sign":
+        from engines.training import package
+
+        print(f"{args.key.stem}.pub: {package.sign(args.package, args.key)}")
+        return 0
+    every = args.verb in ("reproduce", "compare") and args.task == "all"
     if not every and not (args.task.isidentifier() and (task_folder(args.task) / "recipe.py").is_file()):
         print(f"no such task: {args.task}", file=sys.stderr)
         return 2

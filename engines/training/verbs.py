@@ -1,4 +1,4 @@
-"""The verbs of the command line: fit, export, package, evaluate, reproduce. Composes the other modules; prints figures.
+"""The verbs of the command line: fit, export, package, evaluate, reproduce, compare. Calls the others; prints figures.
 
 Work folder: cohorts, `<task>-<preset>/` with the checkpoint. Package folder: `engines/<task>/model/` unless `--out`.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import yaml
 
-from engines.training import card, evaluate, gates, package, plots, real
+from engines.training import card, compare, evaluate, gates, package, plots, real
 from engines.training.evaluate import Graph
 from engines.training.package import Choices
 from engines.training.recipe import Run
@@ -35,6 +35,7 @@ def run(verb: str, o: Run) -> int:
         "package": do_package,
         "evaluate": do_evaluate,
         "reproduce": do_reproduce,
+        "compare": do_compare,
     }
     verbs[verb](o)
     return 0
@@ -110,10 +111,7 @@ def do_evaluate(o: Run) -> None:
 
 def do_reproduce(o: Run) -> None:
     """Everything, in order; for task "all" every task that comes with a training.yaml. Prints the cards' tables."""
-    tasks = [o.task]
-    if o.task == "all":
-        home = Path(__file__).parents[1]
-        tasks = sorted(p.parent.name for p in home.glob("*/training.yaml"))
+    tasks = _tasks(o)
     whole = time.monotonic()
     for task in tasks:
         out = o.out if o.task != "all" else Path(__file__).parents[1] / task / "model"
@@ -126,6 +124,23 @@ def do_reproduce(o: Run) -> None:
         out = o.out if o.task != "all" else Path(__file__).parents[1] / task / "model"
         print(f"\n{task}\n" + card.measured_of((out / "MODEL_CARD.md").read_text("utf-8")))
     print(f"reproduce {o.task}: {time.monotonic() - whole:.0f} s in all")
+
+
+def do_compare(o: Run) -> None:
+    """The comparisons of a task, into its comparisons.json."""
+    for task in _tasks(o):
+        one = replace(o, task=task)
+        if "comparisons" in one.plan:
+            started = time.monotonic()
+            compare.compare(one)
+            print(f"compare {task}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _tasks(o: Run) -> list[str]:
+    """The task, or every task that comes with a training.yaml."""
+    if o.task != "all":
+        return [o.task]
+    return sorted(p.parent.name for p in Path(__file__).parents[1].glob("*/training.yaml"))
 
 
 # --- the package on disk ---------------------------------------------------------------------------------------------

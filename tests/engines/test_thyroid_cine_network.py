@@ -173,7 +173,7 @@ def test_attention_looks_at_detail_and_not_at_brightness(nano: network.Inception
 
 
 def test_without_attention_it_is_the_plain_network(clips: torch.Tensor) -> None:
-    plain = _trained("plain")
+    plain = _trained("nano-plain")
     assert plain.attention is None
     with torch.no_grad():
         logits, features = plain(clips[:1])
