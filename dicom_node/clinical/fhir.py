@@ -55,7 +55,10 @@ class FhirSource:
         try:
             async with asyncio.timeout(self._section.timeout_seconds), open_connection(self._section) as connection:
                 return await work(connection)
-        except TimeoutError:
+        except OSError as e:
+            if not isinstance(e, TimeoutError):  # while the connection closes: the answer was not complete
+                text = f"the connection broke ({type(e).__name__})"
+                raise ClinicalSourceError(ClinicalCode.CLINICAL_SOURCE_UNREACHABLE, text, again=True) from None
             text = f"no answer within {self._section.timeout_seconds:g} s"
             raise ClinicalSourceError(ClinicalCode.CLINICAL_SOURCE_UNREACHABLE, text, again=True) from None
 

@@ -100,8 +100,10 @@ class Connection:
                     body += block
                     if len(body) > self._limit:
                         raise _invalid(f"an answer of more than {self._limit / 1e6:g} MB")
-        except httpx.TransportError as e:
+        except (httpx.TransportError, ssl.SSLError) as e:  # under TLS 1.3 a refusal of our certificate comes unwrapped
             text = _CAUSES.get(type(e).__name__, type(e).__name__)
+            if isinstance(e, ssl.SSLError):
+                text = "TLS ended by the server; it may want a certificate of ours"
             if isinstance(e, httpx.ConnectError) and "CERTIFICATE_VERIFY_FAILED" in str(e):
                 text = "its certificate is not signed by the CA, or names another host"
             raise ClinicalSourceError(ClinicalCode.CLINICAL_SOURCE_UNREACHABLE, text, again=True) from None
