@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from functools import cached_property
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ucumvert import PintUcumRegistry
@@ -22,6 +23,10 @@ class Ucum:
 
         return PintUcumRegistry()
 
+    @cached_property
+    def _parsed(self) -> Callable[[str], Any]:
+        return lru_cache(512)(self._registry.from_ucum)  # 10 ms a unit, and they are always the same
+
     def convert(self, value: float, unit: str, wanted: str) -> float | None:
         """None where the units are unknown or of different kinds: an amount of substance is no mass."""
         if unit == wanted:
@@ -35,7 +40,7 @@ class Ucum:
 
         registry = self._registry
         try:
-            given, asked = registry.from_ucum(unit), registry.from_ucum(wanted)  # "10*9/L" has a factor of its own
+            given, asked = self._parsed(unit), self._parsed(wanted)  # "10*9/L" has a factor of its own
             quantity = registry.Quantity(value * given.magnitude, given.units)
             return float(quantity.to(asked.units).magnitude / asked.magnitude)
         except (LarkError, DimensionalityError, PintError, ValueError, OverflowError):

@@ -153,7 +153,7 @@ def test_the_configured_priority_decides() -> None:
     ),
     seed=st.randoms(use_true_random=False),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_whatever_the_sources_say(observations: list[Observation], seed: Any) -> None:
     """The answer depends on no order, is in range and from a usable value, and nothing disappears without a word."""
     found = judged(*observations)
@@ -202,11 +202,9 @@ def of(*reports: Dataset, entry: ClinicalEntry = EDV, codes: CodeMap | None = No
     return collect(study, [entry], UCUM, codes=codes)
 
 
-def modifier(
-    item: Dataset, concept: tuple[str, str], value: tuple[str, str], relation: str = "HAS CONCEPT MOD"
-) -> None:
+def modifier(item: Dataset, concept: tuple[str, str], value: tuple[str, str]) -> None:
     child = Dataset()
-    child.RelationshipType, child.ValueType = relation, "CODE"
+    child.RelationshipType, child.ValueType = "HAS CONCEPT MOD", "CODE"
     for keyword, code in (("ConceptNameCodeSequence", concept), ("ConceptCodeSequence", value)):
         coded = Dataset()
         coded.CodeValue, coded.CodingSchemeDesignator, coded.CodeMeaning = *code, "x"
