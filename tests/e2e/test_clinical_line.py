@@ -159,6 +159,7 @@ def test_values_from_outside_reach_the_nomogram_with_their_source(
     assert captures, "the nomogram is drawn"
 
 
+@pytest.mark.long
 def test_sources_that_disagree_give_the_image_alone_and_say_so(make_node: Any, pacs: Any, tmp_path: Path) -> None:
     """FSH by report and by sidecar, of one day and different."""
     paths, made, header = study(tmp_path / "sent", values=("FSH", "TESTICULAR_VOLUME", "EDV"))
@@ -174,6 +175,7 @@ def test_sources_that_disagree_give_the_image_alone_and_say_so(make_node: Any, p
     assert "fusion not computed: FSH missing" in texts(report)
 
 
+@pytest.mark.long
 def test_a_server_that_is_away_delays_to_the_bound_and_loses_nothing(make_node: Any, pacs: Any, tmp_path: Path) -> None:
     paths, _, header = study(tmp_path / "sent")
     with FhirServer(patient()) as server:
