@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from dicom_node import config_clinical
+from dicom_node.config_base import Section as _Section
+from dicom_node.config_base import is_loopback as is_loopback
+from dicom_node.config_clinical import Clinical
 from dicom_node.errors import ConfigError
 
 
@@ -21,18 +25,6 @@ def shipped() -> Path:
     """The folder that holds `engines/`, `config.yaml` and `deploy/`: in the wheel, else the checkout."""
     packaged = Path(__file__).parent / "_shipped"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent
-
-
-def is_loopback(host: str) -> bool:
-    """True for localhost and the loopback networks; a host name is not resolved (DNS must not open a door)."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
 
 
 def _ae_title(value: Any) -> Any:
@@ -254,11 +246,6 @@ class Deliver(_Section):
     retry: Retry = Retry()
 
 
-class Clinical(_Section):
-    sidecar: Path | None = None
-    fhir: dict[str, Any] | None = None
-
-
 class MetricsServer(_Section):
     host: str = "127.0.0.1"
     port: Port = 9108
@@ -392,9 +379,7 @@ def _resolve(config: Config, base: Path) -> Config:
             "store": config.store.model_copy(update={"root": base / config.store.root}),
             "engines": config.engines.model_copy(update={"path": tuple(base / p for p in config.engines.path)}),
             "deliver": config.deliver.model_copy(update={"destinations": destinations}),
-            "clinical": config.clinical.model_copy(
-                update={"sidecar": config.clinical.sidecar and base / config.clinical.sidecar}
-            ),
+            "clinical": config_clinical.resolved(config.clinical, base),
             "audit": config.audit.model_copy(update={"path": config.audit.path and base / config.audit.path}),
         }
     )

@@ -15,6 +15,7 @@
     ├── LedgerError             the ledger is unusable: corrupt, of a newer schema, not writable
     ├── PackageError            a task or a model package is refused, with the failing step
     ├── WorkerError             the worker lost a job: crash, time-out, memory (costs one attempt)
+    ├── ClinicalSourceError     a source of clinical values gave no usable answer
     ├── NodeStoppingError       the node ends the worker: the job in hand keeps its attempt
     ├── ReportError             the objects of a result cannot be built (costs one attempt)
     └── DeliveryError           an object was not delivered; says what may be done next
@@ -126,6 +127,15 @@ class WorkerError(NodeError):
 
 class ReportError(NodeError):
     """The objects of a result cannot be built."""
+
+
+class ClinicalSourceError(NodeError):
+    """A source of clinical values gave no usable answer."""
+
+    def __init__(self, code: str, message: str, *, again: bool) -> None:
+        super().__init__(message)
+        self.code, self.again = code, again
+        """`result.ClinicalCode`; whether asking again can help."""
 
 
 class NodeStoppingError(NodeError):

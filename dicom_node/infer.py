@@ -61,7 +61,7 @@ class InferStage:
         ledger: Ledger,
         path_of: Callable[[str], Path],
         predict: Predict,
-        clinical: Callable[[Study, str], Collected],
+        clinical: Callable[[Study, str, Mapping[str, Any] | None], Collected],
         log: Log,
         recorder: Recorder,
     ) -> None:
@@ -85,7 +85,7 @@ class InferStage:
             self._end(job, Ending(Outcome.REFUSED, RefusalCode.NO_ROUTE, "this route is no longer in config.yaml"))
             return True
         started = time.monotonic()
-        known = self._clinical(study, route.engine)
+        known = self._clinical(study, route.engine, job.payload.get("clinical"))
         try:
             reply = self._predict(job, route, study, previous, tuple(known.values.values()))
         except NodeStoppingError:

@@ -87,6 +87,12 @@ CATALOGUE: dict[str, Metric] = {
         # route, infer, report
         _counter("jobs", "Jobs that ended, by outcome (DEAD = needs a person).", "stage", "outcome", "route"),
         _counter("refusals", "Studies that got no number, by refusal code.", "route", "code"),
+        _counter(
+            "clinical_answers",
+            "Questions to a source of clinical values outside the study: answered, or the code of what went wrong.",
+            "source",
+            "outcome",
+        ),
         _counter("shadow_results", "Results recorded but not sent because the route is in shadow mode.", "route"),
         _counter("demonstration_withheld", "Demonstration results kept back from a destination.", "route"),
         _counter("job_failures", "Attempts that failed; the job is tried again until its limit.", "stage"),

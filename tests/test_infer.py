@@ -49,7 +49,13 @@ class Room:
         self.known = Collected()
         self.given: tuple[ClinicalInput, ...] = ()
         self.stage = InferStage(
-            settings, self.ledger, Path, self._predict, lambda _study, _engine: self.known, Log.null(), self.metrics
+            settings,
+            self.ledger,
+            Path,
+            self._predict,
+            lambda _study, _engine, _gathered: self.known,
+            Log.null(),
+            self.metrics,
         )
         with self.ledger.write() as tx:
             timing = studies.Timing(60, 600, "rerun", 3)

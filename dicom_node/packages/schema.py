@@ -54,6 +54,10 @@ class ClinicalEntry(_Strict):
     """True for a measurement of one of paired organs; the study must then say which."""
     site: CodeEntry | None = None
     """For a code that names no organ (Volume): only a value whose Finding Site is this one counts."""
+    sites: tuple[CodeEntry, ...] = ()
+    """Where a value states its site, it must be one of these; a velocity may be of any artery."""
+    repeated: Literal["agree", "mean"] = "agree"
+    """Several measurements in one report: they must agree, or their mean is used and the report says so."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ClinicalEntry:

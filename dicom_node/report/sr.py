@@ -227,7 +227,8 @@ def _clinical_group(value: ClinicalInput, result: Result, uids: Uids) -> Any:
         unit=hd.sr.CodedConcept(value.unit, "UCUM", value.unit),
     )
     if value.time:
-        number[0].ObservationDateTime = datetime.fromisoformat(value.time).strftime("%Y%m%d%H%M%S%z")
+        form = "%Y%m%d%H%M%S%z" if "T" in value.time else "%Y%m%d"  # no more than the source says (PS3.5 6.2, DT)
+        number[0].ObservationDateTime = datetime.fromisoformat(value.time).strftime(form)
     group = hd.sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=hd.sr.TrackingIdentifier(
             uid=uids.tracking(result.provenance.task, f"clinical {value.key}"), identifier=f"Clinical value {value.key}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -19,6 +20,8 @@ from dicom_node.store.schema import Outcome, Stage
 from dicom_node.study import Study
 
 LEASE_SECONDS = 300.0
+Known = Callable[[Study, Iterable[str], Mapping[str, Any] | None], Mapping[str, ClinicalInput]]
+"""Clinical values by name: of a study, for engines, with what sources outside it said."""
 
 
 class RouteStage:
@@ -29,13 +32,15 @@ class RouteStage:
         config: Config,
         ledger: Ledger,
         path_of: Callable[[str], Path],
-        clinical: Callable[[Study, Iterable[str]], Mapping[str, ClinicalInput]],
+        clinical: Known,
         log: Log,
         recorder: Recorder,
+        *,
+        asks: Callable[[str], bool] = lambda _engine: False,
     ) -> None:
         self._config, self._ledger, self._path_of, self._log, self._recorder = config, ledger, path_of, log, recorder
         self._routes = {route.name: route for route in config.routes}
-        self._clinical = clinical
+        self._clinical, self._asks = clinical, asks
 
     def run_once(self) -> bool:
         """One study. True = there was one."""
@@ -45,8 +50,11 @@ class RouteStage:
             return False
         with self._ledger.read() as tx:
             study = studies.load_study(tx, job.study_uid, job.revision, self._path_of)
-        clinical = self._clinical(study, [route.engine for route in self._config.routes])
+        gathered = job.payload.get("clinical")
+        clinical = self._clinical(study, [route.engine for route in self._config.routes], gathered)
         verdicts = evaluate_all(self._config.routes, study, clinical)
+        if gathered is None and not job.payload.get("incomplete_accepted") and self._gather(job, verdicts):
+            return True
         taken = [v for v in verdicts if v.matched and v.refusal is None]
         ending = self._ending(verdicts)
         now = self._ledger.clock()
@@ -62,6 +70,38 @@ class RouteStage:
         routes = ",".join(v.route for v in taken)
         self._log.info("routed", study=self._log.uid(job.study_uid), job=job.id, outcome=ending.outcome, routes=routes)
         return True
+
+    def _gather(self, job: Job, verdicts: tuple[Verdict, ...]) -> bool:
+        """Have sources outside the study asked first, for the routes that took it: nobody else is asked for a patient.
+
+        A route that only its indication keeps from the study takes part where a clinical value may establish that.
+        """
+        routes = [self._routes[v.route] for v in verdicts if v.matched and (v.refusal is None or self._by_value(v))]
+        asking = [route for route in routes if self._asks(route.engine)]
+        if not asking:
+            return False
+        payload = {
+            "engines": sorted({route.engine for route in asking}),
+            "required": sorted({name for route in asking for name in route.require.clinical}),
+        }
+        now = self._ledger.clock()
+        with self._ledger.write() as tx:
+            if jobs.postpone(tx, job, jobs.HELD, job.payload):
+                jobs.put(
+                    tx,
+                    study_uid=job.study_uid,
+                    revision=job.revision,
+                    stage=Stage.CLINICAL,
+                    route="",
+                    priority=job.priority,
+                    now=now,
+                    payload=payload,
+                )
+        return True
+
+    def _by_value(self, verdict: Verdict) -> bool:
+        indication = self._routes[verdict.route].indication
+        return any("clinical" in matcher for matcher in (*indication.any, *indication.all))
 
     def _ending(self, verdicts: tuple[Verdict, ...]) -> Ending:
         output = {"verdicts": [v.to_json() for v in verdicts]}
@@ -93,7 +133,9 @@ class RouteStage:
                 run_at = jobs.HELD
                 text = f"{route.name}: held, missing: {', '.join(missing)} (dicom-node complete lets it go on)"
                 add_event(tx, now, job.study_uid, "HELD_INCOMPLETE", text)
-        payload = {"series": list(verdict.series)}
+        payload: dict[str, object] = {"series": list(verdict.series)}
+        if (gathered := job.payload.get("clinical")) is not None:
+            payload["clinical"] = gathered  # inference sees what routing saw
         if refusal is None:
             self._put(tx, job, Stage.INFER, route, priority, now, run_at=run_at, payload=payload)
             return

@@ -12,6 +12,7 @@ from dicom_node import packages
 from dicom_node.config import Config, Tls
 from dicom_node.pixels.decode import available_decoders
 from dicom_node.route import check_routes
+from dicom_node.service.sources import check_sources
 
 NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "ceph", "glusterfs"})
 WAL_RESET_FIXED = (3, 51, 3)
@@ -21,7 +22,8 @@ Finding = tuple[str, str, str]
 def check(config: Config) -> tuple[dict[str, Any], int]:
     """The answer (docs/schemas/check) and the exit code: 0 = no warning and no error."""
     check_routes(config.routes, "config.yaml")
-    found = [*_store(config), *_decoders(), *_tls(config), *_engines(config), *_clinical(config), *_unbuilt(config)]
+    found = [*_store(config), *_decoders(), *_tls(config), *_engines(config), *_clinical(config)]
+    found += [*check_sources(config.clinical), *_unbuilt(config)]
     ok = not any(level in ("warning", "error") for level, _, _ in found)
     findings = [{"level": level, "about": about, "text": text} for level, about, text in found]
     return {"ok": ok, "findings": findings}, 0 if ok else 1
@@ -111,8 +113,6 @@ def _clinical(config: Config) -> Iterator[Finding]:
 
 def _unbuilt(config: Config) -> Iterator[Finding]:
     """Keys that this version reads and does not yet act on: said loudly, never ignored in silence."""
-    if config.clinical.sidecar is not None or config.clinical.fhir is not None:
-        yield "error", "clinical", "clinical values from a sidecar or FHIR are not in this version"
     if config.infer.runtime not in ("auto", "onnx"):
         yield "error", "infer.runtime", f"{config.infer.runtime} is not in this version: auto or onnx"
     for name, destination in config.deliver.destinations.items():

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from dicom_node import assemble
 from dicom_node.clinical import ClinicalValues
+from dicom_node.clinical.stage import ClinicalStage
 from dicom_node.config import Config, RouteAssemble
 from dicom_node.errors import ConfigError, NodeError
 from dicom_node.infer import InferStage
@@ -63,6 +64,7 @@ def _offline(config: Config, root: Path) -> Config:
             "routes": routes,
             "store": config.store.model_copy(update={"root": root, "ledger": None, "min_free_gb": 0.0}),
             "assemble": config.assemble.model_copy(update={"quiet_seconds": 0.0}),
+            "clinical": config.clinical.model_copy(update={"wait_seconds": 0.0}),
             "deliver": config.deliver.model_copy(update={"destinations": {}}),
         }
     )
@@ -80,7 +82,7 @@ class _Line:
         self.worker = WorkerClient(config, engines, log, recorder)
         timing = assemble.timing(config)
         self.index = IndexStage(self.ledger, self.files, timing, (), log, recorder)
-        clinical = ClinicalValues(wanted_of(config.engines.path))
+        clinical = ClinicalValues(wanted_of(config.engines.path), config.clinical)
         infer = InferStage(
             config,
             self.ledger,
@@ -93,8 +95,9 @@ class _Line:
         report = ReportStage(
             config, self.ledger, self.files, lambda name: task_of(config.engines.path, name), log, recorder
         )
-        route = RouteStage(config, self.ledger, self.files.path_of, clinical.known, log, recorder)
-        self.stages: list[Callable[[], bool]] = [route.run_once, infer.run_once, report.run_once]
+        route = RouteStage(config, self.ledger, self.files.path_of, clinical.known, log, recorder, asks=clinical.asks)
+        gather = ClinicalStage(config.clinical, self.ledger, self.files.path_of, clinical, log, recorder)
+        self.stages: list[Callable[[], bool]] = [route.run_once, gather.run_once, infer.run_once, report.run_once]
 
     def take(self, folder: Path) -> list[dict[str, str]]:
         """Store every DICOM file below `folder`. What is not DICOM is named, not followed."""

@@ -19,6 +19,7 @@ from dicom_node import assemble
 from dicom_node.assemble import AssembleStage
 from dicom_node.audit import Audit
 from dicom_node.clinical import ClinicalValues
+from dicom_node.clinical.stage import ClinicalStage
 from dicom_node.config import Config
 from dicom_node.deliver import DeliverStage
 from dicom_node.errors import WorkerError
@@ -100,8 +101,9 @@ class Node:
         self._assembling = AssembleStage(
             ledger, timing, lambda: self.view.open_associations, log, metrics, on_complete=self._trail.study_received
         )
-        clinical = ClinicalValues(wanted_of(config.engines.path))
-        routing = RouteStage(config, ledger, self._files.path_of, clinical.known, log, metrics)
+        clinical = ClinicalValues(wanted_of(config.engines.path), config.clinical)
+        routing = RouteStage(config, ledger, self._files.path_of, clinical.known, log, metrics, asks=clinical.asks)
+        gathering = ClinicalStage(config.clinical, ledger, self._files.path_of, clinical, log, metrics)
         reporting = ReportStage(
             config, ledger, self._files, lambda name: task_of(config.engines.path, name), log, metrics
         )
@@ -110,6 +112,7 @@ class Node:
             StageLoop("index", self._index.run_once, log, metrics, idle_seconds=0.5, linger_seconds=0.05),
             StageLoop("assemble", self._assemble_once, log, metrics, seconds_to_next=self._assembling.seconds_to_next),
             StageLoop("route", routing.run_once, log, metrics),
+            StageLoop("clinical", gathering.run_once, log, metrics),
             StageLoop("report", reporting.run_once, log, metrics),
             StageLoop("upkeep", upkeeping.run_once, log, metrics, idle_seconds=upkeep.PERIOD),
         ]

@@ -79,6 +79,7 @@ def explain_text(answer: Answer) -> str:
         lines.append(f"outcome: {o['route'] or 'no route'}, revision {o['revision']}: {said}")
         if o["detail"]:
             lines.append(f"  {o['detail']}")
+        lines += _clinical_lines(o["clinical"])
         if o["engine"] and o["package"]:
             lines.append(f"  engine {o['engine']}, package {o['package']}, digest {str(o['digest'])[:16]}…")
     lines += [_delivery_line(d) for d in answer["deliveries"]]
@@ -88,6 +89,19 @@ def explain_text(answer: Answer) -> str:
         lines.append("how the routes judged it")
         lines += [line for verdict in answer["evidence"] for line in ("", *_verdict_lines(verdict))]
     return "\n".join(lines)
+
+
+def _clinical_lines(clinical: Answer | None) -> list[str]:
+    """What the result was made with, and where each value is from."""
+    if clinical is None:
+        return []
+    lines = [
+        f"  clinical value {c['name']}{' ' + c['laterality'] if c['laterality'] else ''}: {c['value']:g} {c['unit']}"
+        + (f", of {c['time']}" if c["time"] else "")
+        + f", source {c['source']}"
+        for c in clinical["used"]
+    ]
+    return lines + ([f"  clinical values not used: {clinical['not_used']}"] if clinical["not_used"] else [])
 
 
 def _verdict_lines(verdict: Answer) -> list[str]:

@@ -115,9 +115,20 @@ def _outcomes(tx: sa.Connection, study_uid: str) -> list[dict[str, Any]]:
             "engine": r["engine"] or None,
             "package": r["package"] or None,
             "digest": r["digest"] or None,
+            "clinical": _clinical(r["output"]),
         }
         for r in rows
     ]
+
+
+def _clinical(output: str) -> dict[str, Any] | None:
+    """The clinical values a result was made with, each with unit, time and source, and those it could not use."""
+    said = json.loads(output or "{}")
+    if "clinical" not in said:
+        return None
+    keys = ("name", "laterality", "value", "unit", "time", "source")
+    unused = said["provenance"]["parameters"].get("clinical values not used", "")
+    return {"used": [{k: c[k] for k in keys} for c in said["clinical"]], "not_used": unused}
 
 
 def _stuck() -> sa.ColumnElement[bool]:

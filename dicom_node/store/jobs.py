@@ -20,7 +20,7 @@ AGEING_SECONDS = 300.0
 MAX_SILENT = 5
 """Attempts after which a job that never answers is DEAD."""
 HELD = 1e12
-"""run_at of a job that waits for an operator (route option if_incomplete: hold)."""
+"""run_at of a job that waits for an operator (route option if_incomplete: hold), or for the clinical stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +179,38 @@ def fail(
             f"{claimed.stage} {claimed.route}: attempt {claimed.attempts} of {max_attempts}: {text}",
         )
     return state
+
+
+def postpone(tx: sa.Connection, claimed: Job, until: float, payload: dict[str, Any]) -> bool:
+    """Put a claimed job back for later; no attempt is lost. False = the fence moved on."""
+    values = {"state": JobState.READY, "lease": None, "run_at": until, "payload": _dumps(payload)}
+    done = tx.execute(job.update().where(_mine(claimed)).values(**values, attempts=job.c.attempts - 1))
+    return bool(done.rowcount == 1)
+
+
+def _parked(asking: Job) -> sa.ColumnElement[bool]:
+    return sa.and_(
+        job.c.study_uid == asking.study_uid,
+        job.c.revision == asking.revision,
+        job.c.stage == Stage.ROUTE,
+        job.c.state == JobState.READY,
+        job.c.run_at >= HELD,
+    )
+
+
+def is_parked(tx: sa.Connection, asking: Job) -> bool:
+    """True while the study's route job waits for this one."""
+    return tx.execute(sa.select(job.c.id).where(_parked(asking))).first() is not None
+
+
+def unpark(tx: sa.Connection, asking: Job, more: dict[str, Any], now: float) -> bool:
+    """Let the route job go on, with `more` in its payload. False = it does not wait."""
+    row = tx.execute(sa.select(job.c.id, job.c.payload).where(_parked(asking))).first()
+    if row is None:
+        return False
+    payload = json.loads(row.payload) | more
+    tx.execute(job.update().where(job.c.id == row.id).values(run_at=now, payload=_dumps(payload)))
+    return True
 
 
 def supersede(tx: sa.Connection, study_uid: str, before_revision: int, now: float) -> int:

@@ -27,6 +27,7 @@ class Outcome(enum.StrEnum):
     REFUSED = "REFUSED"  #: no number; the code says why
     SHADOW = "SHADOW"  #: a result that is recorded but not sent; the code says why
     SUPERSEDED = "SUPERSEDED"  #: a newer revision of the study took over before it ended
+    GATHERED = "GATHERED"  #: the sources of clinical values were asked; the study is routed again with what they said
     BUILT = "BUILT"  #: the objects are written and queued for their destinations
 
 
@@ -36,6 +37,7 @@ class Stage(enum.StrEnum):
     ROUTE = "route"
     INFER = "infer"
     REPORT = "report"
+    CLINICAL = "clinical"
 
 
 class DeliveryState(enum.StrEnum):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -22,9 +24,16 @@ class Authority:
         self.pem = folder / f"{name}.pem"
         self.pem.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
-    def _sign(self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, ca: bool) -> x509.Certificate:
+    def _sign(
+        self,
+        subject: x509.Name,
+        key: ec.EllipticCurvePublicKey,
+        *,
+        ca: bool,
+        addresses: Sequence[ipaddress.IPv4Address] = (),
+    ) -> x509.Certificate:
         now = datetime.datetime.now(datetime.UTC)
-        return (
+        made = (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(self._name)
@@ -33,13 +42,16 @@ class Authority:
             .not_valid_before(now - datetime.timedelta(days=1))
             .not_valid_after(now + datetime.timedelta(days=2))
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-            .sign(self._key, hashes.SHA256())
         )
+        if addresses:
+            names = x509.SubjectAlternativeName([x509.IPAddress(a) for a in addresses])
+            made = made.add_extension(names, critical=False)
+        return made.sign(self._key, hashes.SHA256())
 
-    def issue(self, name: str, common_name: str) -> tuple[Path, Path]:
+    def issue(self, name: str, common_name: str, addresses: Sequence[ipaddress.IPv4Address] = ()) -> tuple[Path, Path]:
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-        certificate = self._sign(subject, key.public_key(), ca=False)
+        certificate = self._sign(subject, key.public_key(), ca=False, addresses=addresses)
         pem, key_file = self.folder / f"{name}.pem", self.folder / f"{name}.key"
         pem.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         key_file.write_bytes(

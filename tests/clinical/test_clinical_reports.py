@@ -87,12 +87,20 @@ def test_units_of_the_same_kind_are_converted(value: float, unit: str, entry: Cl
 @pytest.mark.parametrize(
     ("lab", "entry", "said"),
     [
-        (number(5, "mmol/L"), FSH, "FSH: its unit cannot be converted to [IU]/L"),
-        (number(5, "IU per litre"), FSH, "FSH: its unit cannot be converted to [IU]/L"),
-        (number(500), FSH, "FSH: outside the plausible range 0.1 to 200 [IU]/L"),
-        (number(5, "cm/s", EDV), EDV, "EDV: the report does not say of which side"),
-        (number(5, time="2023-06-01T08:00:00"), FSH, "FSH: 366 days older than the images, at most 180 allowed"),
-        (number(5, time="2025-06-01T12:00:00"), FSH, "FSH: 365 days newer than the images, at most 180 allowed"),
+        (number(5, "mmol/L"), FSH, "CLINICAL_INPUT_UNIT(FSH): its unit cannot be converted to [IU]/L"),
+        (number(5, "IU per litre"), FSH, "CLINICAL_INPUT_UNIT(FSH): its unit cannot be converted to [IU]/L"),
+        (number(500), FSH, "CLINICAL_INPUT_IMPLAUSIBLE(FSH): outside the plausible range 0.1 to 200 [IU]/L"),
+        (number(5, "cm/s", EDV), EDV, "CLINICAL_INPUT_SIDE(EDV): the source does not say of which side"),
+        (
+            number(5, time="2023-06-01T08:00:00"),
+            FSH,
+            "CLINICAL_INPUT_AGE(FSH): 366 days older than the images, at most 180 allowed",
+        ),
+        (
+            number(5, time="2025-06-01T12:00:00"),
+            FSH,
+            "CLINICAL_INPUT_AGE(FSH): 365 days newer than the images, at most 180 allowed",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_said_and_not_used(lab: LabValue, entry: ClinicalEntry, said: str) -> None:
@@ -115,7 +123,7 @@ def test_the_newest_value_holds_and_two_of_one_time_must_agree() -> None:
     assert twice.values["FSH"].value == pytest.approx(12.2)
     torn = collect(study(number(12), number(20)), [FSH], UCUM)
     assert torn.values == {}
-    assert torn.problems == ("FSH: several values of the same time disagree",)
+    assert torn.problems == ("CLINICAL_INPUT_CONFLICT(FSH): several values of the same time disagree (DICOM SR)",)
 
 
 def test_age_comes_from_the_patients_age_attribute() -> None:
@@ -137,7 +145,7 @@ def test_a_unit_that_is_not_ucum_is_said() -> None:
         ].CodingSchemeDesignator = "99X"
 
     found = collect(study(number(12), change=local), [FSH], UCUM)
-    assert (found.values, found.problems) == ({}, ("FSH: its unit cannot be converted to [IU]/L",))
+    assert (found.values, found.problems) == ({}, ("CLINICAL_INPUT_UNIT(FSH): its unit cannot be converted to [IU]/L",))
 
 
 def test_a_unit_may_hold_a_factor() -> None:
