@@ -20,6 +20,7 @@ from dicom_node.pixels.clip import clip_frames
 from dicom_node.pixels.contrast import MIN_RISE, contrast_arrival
 from dicom_node.pixels.grey import has_color, is_plausible_bmode, resize, tint, to_gray
 from dicom_node.pixels.laterality import laterality
+from dicom_node.pixels.overlay import overlay_mask, without_overlay
 from dicom_node.result import Refusal, RefusalCode
 from dicom_node.study import Header
 
@@ -35,11 +36,13 @@ __all__ = [
     "is_color_doppler",
     "is_plausible_bmode",
     "laterality",
+    "overlay_mask",
     "regions",
     "resize",
     "time_intensity",
     "tissue_regions",
     "to_gray",
+    "without_overlay",
 ]
 
 _2D, _TISSUE, _COLOR_FLOW = 1, 1, 2  # Region Spatial Format and Region Data Type, PS3.3 C.8.5.5.1.1 and .2
@@ -138,10 +141,21 @@ def _spacing(item: Header) -> tuple[float, float] | None:
     return spacing if all(0.005 <= s <= 5.0 for s in spacing) else None
 
 
+def _pixel_spacing(header: Header) -> tuple[float, float] | None:
+    """Pixel Spacing (0028,0030) of the whole frame, (row, column) mm; secondary captures of ultrasound often lack it."""
+    try:
+        row, column = (float(v) for v in header.texts("PixelSpacing"))
+    except ValueError:
+        return None
+    return (row, column) if all(0.005 <= v <= 5.0 for v in (row, column)) else None
+
+
 def tissue_regions(header: Header) -> tuple[Region, ...]:
-    """The 2D tissue regions (format 1, data type 1), largest first."""
+    """The 2D tissue regions (format 1, data type 1), largest first. Pixel Spacing serves one that has no units."""
     found = [r for r in regions(header) if (r.spatial_format, r.data_type) == (_2D, _TISSUE)]
     found = [r for r in found if min(r.width, r.height) >= _MIN_SIDE]
+    whole = _pixel_spacing(header)
+    found = [r if r.spacing_mm is not None else replace(r, spacing_mm=whole) for r in found]
     return tuple(sorted(found, key=lambda r: (-r.area, r.x0, r.y0)))
 
 
