@@ -142,7 +142,7 @@ def _spacing(item: Header) -> tuple[float, float] | None:
 
 
 def _pixel_spacing(header: Header) -> tuple[float, float] | None:
-    """Pixel Spacing (0028,0030) of the whole frame, (row, column) mm; secondary captures of ultrasound often lack it."""
+    """Pixel Spacing (0028,0030) of the whole frame, (row, column) mm; captures of ultrasound often lack it."""
     try:
         row, column = (float(v) for v in header.texts("PixelSpacing"))
     except ValueError:
