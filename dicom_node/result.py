@@ -40,6 +40,7 @@ class RefusalCode(enum.StrEnum):
     # select: headers
     NO_SUITABLE_IMAGE = "NO_SUITABLE_IMAGE"
     WRONG_VIEW = "WRONG_VIEW"
+    CALIBRATION_MISSING = "CALIBRATION_MISSING"
     ROI_REQUIRED = "ROI_REQUIRED"
     ROI_AMBIGUOUS = "ROI_AMBIGUOUS"
     ROI_UNREADABLE = "ROI_UNREADABLE"
@@ -84,6 +85,9 @@ _SENTENCES: dict[RefusalCode, str] = {
     RefusalCode.ENGINE_NOT_AVAILABLE: "The engine of this route is not installed or was not accepted on this machine.",
     RefusalCode.NO_SUITABLE_IMAGE: "The study holds no image of the kind the engine needs.",
     RefusalCode.WRONG_VIEW: "The images are of a mode the engine was not made for, for example colour Doppler.",
+    RefusalCode.CALIBRATION_MISSING: (
+        "The engine measures in millimetres, and no attribute says how large a pixel of the image is."
+    ),
     RefusalCode.ROI_REQUIRED: "The engine needs a region of interest and the study holds none.",
     RefusalCode.ROI_AMBIGUOUS: "Several objects mark different regions on one image, and nothing says which holds.",
     RefusalCode.ROI_UNREADABLE: "An object marks a region on these images that cannot be placed on them.",

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from dicom_node.pixels.clip import clip_frames
 from dicom_node.pixels.contrast import MIN_RISE, contrast_arrival
 from dicom_node.pixels.grey import has_color, is_plausible_bmode, resize, tint, to_gray
 from dicom_node.pixels.laterality import laterality
+from dicom_node.pixels.overlay import overlay_mask, without_overlay
 from dicom_node.result import Refusal, RefusalCode
 from dicom_node.study import Header
 
@@ -26,6 +28,7 @@ __all__ = [
     "CeusPanels",
     "Region",
     "ceus_panels",
+    "clip_frames",
     "contrast_arrival",
     "fan_region",
     "frame_times",
@@ -33,11 +36,13 @@ __all__ = [
     "is_color_doppler",
     "is_plausible_bmode",
     "laterality",
+    "overlay_mask",
     "regions",
     "resize",
     "time_intensity",
     "tissue_regions",
     "to_gray",
+    "without_overlay",
 ]
 
 _2D, _TISSUE, _COLOR_FLOW = 1, 1, 2  # Region Spatial Format and Region Data Type, PS3.3 C.8.5.5.1.1 and .2
@@ -136,10 +141,21 @@ def _spacing(item: Header) -> tuple[float, float] | None:
     return spacing if all(0.005 <= s <= 5.0 for s in spacing) else None
 
 
+def _pixel_spacing(header: Header) -> tuple[float, float] | None:
+    """Pixel Spacing (0028,0030) of the whole frame, (row, column) mm; captures of ultrasound often lack it."""
+    try:
+        row, column = (float(v) for v in header.texts("PixelSpacing"))
+    except ValueError:
+        return None
+    return (row, column) if all(0.005 <= v <= 5.0 for v in (row, column)) else None
+
+
 def tissue_regions(header: Header) -> tuple[Region, ...]:
-    """The 2D tissue regions (format 1, data type 1), largest first."""
+    """The 2D tissue regions (format 1, data type 1), largest first. Pixel Spacing serves one that has no units."""
     found = [r for r in regions(header) if (r.spatial_format, r.data_type) == (_2D, _TISSUE)]
     found = [r for r in found if min(r.width, r.height) >= _MIN_SIDE]
+    whole = _pixel_spacing(header)
+    found = [r if r.spacing_mm is not None else replace(r, spacing_mm=whole) for r in found]
     return tuple(sorted(found, key=lambda r: (-r.area, r.x0, r.y0)))
 
 
@@ -266,23 +282,27 @@ class CeusPanels:
     tissue: Region | None
     """The low-MI B-mode panel; None = the display has only the contrast image."""
     evidence: str
+    curve: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), compare=False, repr=False)
+    """`time_intensity` of the contrast panel over the frames that were looked at."""
 
 
 def ceus_panels(header: Header, frames: Sequence[NDArray[np.uint8]]) -> CeusPanels | Refusal:
     """Find the panels and tell them apart by tint and by time-intensity; vendors differ in which side is which.
 
-    `frames`: sampled over the whole clip, in order. Undecidable or contradictory evidence is refused: scoring the
-    B-mode panel as contrast would give a number from the wrong picture.
+    `frames`: sampled over the whole clip, in order; walked through once, so they may be decoded as they are asked for.
+    Undecidable or contradictory evidence is refused: scoring the B-mode panel as contrast would give a number from the
+    wrong picture.
     """
     if len(frames) < 3:
         return Refusal(RefusalCode.CEUS_PANEL_AMBIGUOUS, "fewer than 3 frames")
     pair, layout = _pair(header, frames)
     if not pair:
         return Refusal(RefusalCode.CEUS_PANEL_AMBIGUOUS, "no image region found")
-    looks = [_look(region, frames) for region in pair]
+    curves = _curves(frames, pair)
+    looks = [_look(region, frames, curve) for region, curve in zip(pair, curves, strict=True)]
     if len(pair) == 1:
         if looks[0].tinted or looks[0].rises:
-            return CeusPanels(pair[0], None, f"{layout}; {looks[0]}")
+            return CeusPanels(pair[0], None, f"{layout}; {looks[0]}", curves[0])
         return Refusal(RefusalCode.CEUS_PANEL_AMBIGUOUS, f"{layout}; neither tinted nor rising from dark")
     by_tint = _one_of(looks[0].tinted, looks[1].tinted)
     by_rise = _one_of(looks[0].rises_against(looks[1]), looks[1].rises_against(looks[0]))
@@ -291,7 +311,7 @@ def ceus_panels(header: Header, frames: Sequence[NDArray[np.uint8]]) -> CeusPane
         return Refusal(RefusalCode.CEUS_PANEL_AMBIGUOUS, f"{layout}; panels alike in tint and in time")
     if by_rise is not None and by_rise != chosen:
         return Refusal(RefusalCode.CEUS_PANEL_AMBIGUOUS, f"{layout}; tint and time-intensity disagree")
-    return CeusPanels(pair[chosen], pair[1 - chosen], f"{layout}; {looks[chosen]}")
+    return CeusPanels(pair[chosen], pair[1 - chosen], f"{layout}; {looks[chosen]}", curves[chosen])
 
 
 def _one_of(first: bool, second: bool) -> int | None:
@@ -318,8 +338,7 @@ class _Look:
         return " and ".join(words)
 
 
-def _look(region: Region, frames: Sequence[NDArray[np.uint8]]) -> _Look:
-    curve = time_intensity(frames, region)
+def _look(region: Region, frames: Sequence[NDArray[np.uint8]], curve: NDArray[np.float64]) -> _Look:
     head = max(1, len(curve) // 10)
     smooth = ndimage.median_filter(curve, size=3, mode="nearest") if len(curve) >= 5 else curve
     brightest = region.crop(frames[int(np.argmax(curve))])
@@ -364,4 +383,10 @@ def _split(whole: Region, frames: Sequence[NDArray[np.uint8]]) -> tuple[Region, 
 
 def time_intensity(frames: Iterable[NDArray[Any]], region: Region) -> NDArray[np.float64]:
     """Mean grey of the region, frame by frame."""
-    return np.array([to_gray(region.crop(frame)).mean(dtype=np.float64) for frame in frames], dtype=np.float64)
+    return _curves(frames, (region,))[0]
+
+
+def _curves(frames: Iterable[NDArray[Any]], of: Sequence[Region]) -> list[NDArray[np.float64]]:
+    """`time_intensity` of several regions in one walk through the clip."""
+    means = [[float(to_gray(region.crop(frame)).mean(dtype=np.float64)) for region in of] for frame in frames]
+    return list(np.array(means, dtype=np.float64).reshape(-1, len(of)).T)

@@ -154,7 +154,7 @@ def prepare(instance: Instance, pixels: PixelReader) -> Prepared | Refusal:
         return times
     step = math.ceil(len(times) / SCAN_FRAMES)
     scanned = tuple(range(1, len(times) + 1, step))
-    frames = list(pixels.frames(instance, scanned))
+    frames = ultrasound.clip_frames(pixels, instance, scanned)
     if len(frames) < len(scanned):  # Number of Frames promised more than the pixel data holds
         scanned = scanned[: len(frames)]
         times = times[: scanned[-1] if scanned else 0]
@@ -166,14 +166,13 @@ def prepare(instance: Instance, pixels: PixelReader) -> Prepared | Refusal:
         panels.tissue.crop(f) for f in frames[:: max(1, len(frames) // 8)]
     ):
         return Refusal(RefusalCode.WRONG_VIEW, "colour in the B-mode panel")
-    arrival = ultrasound.contrast_arrival(ultrasound.time_intensity(frames, panels.contrast), times_seen)
+    arrival = ultrasound.contrast_arrival(panels.curve, times_seen)
     if isinstance(arrival, Refusal):
         return arrival
     numbers = _at(times, arrival)
     if len(numbers) < MIN_FRAMES:
         return Refusal(RefusalCode.TOO_FEW_FRAMES, f"{len(numbers)} frames at the times after arrival")
-    chosen = frames if step == 1 else list(pixels.frames(instance, numbers))
-    picked = [chosen[n - 1] for n in numbers] if step == 1 else chosen
+    picked = [frames[n - 1] for n in numbers] if step == 1 else pixels.frames(instance, numbers)
     crops = np.stack([ultrasound.to_gray(panels.contrast.crop(frame)) for frame in picked])
     x = np.stack([(ultrasound.resize(crop, INPUT_SIZE) / 255 - MEAN) / STD for crop in crops])[:, None]
     notes = {

@@ -232,7 +232,8 @@ def prepare(instance: Instance, pixels: PixelReader, box: Box | None = None) -> 
     if ultrasound.has_color([crop]):
         return Refusal(RefusalCode.WRONG_VIEW, "colour in the B-mode image")
     grey = np.ascontiguousarray(ultrasound.to_gray(crop))
-    x = (ultrasound.resize(grey, INPUT_SIZE) / 255 - MEAN) / STD
+    seen = ultrasound.without_overlay(grey, ultrasound.overlay_mask([crop]))
+    x = (ultrasound.resize(seen, INPUT_SIZE) / 255 - MEAN) / STD
     return Prepared(np.asarray(x[None, None], np.float32), grey[None], (left, top, right, bottom))
 
 

@@ -110,6 +110,8 @@ def select(study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | R
     if not grey:
         return Refusal(RefusalCode.WRONG_VIEW, "colour Doppler")
     scaled = [i for i in grey if _panel(i) is not None]
+    if not scaled and any(ultrasound.tissue_regions(i.header) for i in grey):
+        return Refusal(RefusalCode.CALIBRATION_MISSING, "no physical units in the region, and no Pixel Spacing")
     if not scaled:
         return Refusal(RefusalCode.NO_SUITABLE_IMAGE, "no 2D tissue region with a physical pixel spacing")
     markers = roi.marking(study, scaled)
@@ -244,8 +246,9 @@ def prepare(frame: NDArray[Any], panel: ultrasound.Region, mask: NDArray[np.bool
     if ultrasound.has_color([tissue]):
         return Refusal(RefusalCode.WRONG_VIEW, "colour in the B-mode image")
     if panel.spacing_mm is None:
-        return Refusal(RefusalCode.NO_SUITABLE_IMAGE, "no physical pixel spacing")
-    grey, drawn = ultrasound.to_gray(tissue), panel.crop(mask)
+        return Refusal(RefusalCode.CALIBRATION_MISSING, "no physical pixel spacing")
+    grey = ultrasound.without_overlay(ultrasound.to_gray(tissue), ultrasound.overlay_mask([tissue]))
+    drawn = panel.crop(mask)
     size = tuple(max(1, round(n * mm / NATIVE_MM)) for n, mm in zip(grey.shape, panel.spacing_mm, strict=True))
     share = np.rint(ultrasound.resize(drawn.astype(np.float32), (size[0], size[1])) * 255).astype(np.uint8)
     rows, columns = (np.flatnonzero((share > 127).any(axis=axis)) for axis in (1, 0))

@@ -216,7 +216,9 @@ def prepare(clip: Instance, pixels: PixelReader, box: Box | None = None) -> Prep
     if ultrasound.has_color(crops[:: FRAMES // 4]):
         return Refusal(RefusalCode.WRONG_VIEW, "colour in the B-mode image")
     grey = np.stack([ultrasound.to_gray(crop) for crop in crops])
-    x = np.stack([(ultrasound.resize(g, INPUT_SIZE) / 255 - MEAN) / STD for g in grey])[None, None]
+    drawn = ultrasound.overlay_mask(crops, white=False)  # a calcification is white and may stand still
+    seen = (ultrasound.without_overlay(g, drawn) for g in grey)
+    x = np.stack([(ultrasound.resize(g, INPUT_SIZE) / 255 - MEAN) / STD for g in seen])[None, None]
     step = float(np.median(np.diff(times[[n - 1 for n in numbers]]))) * 1000
     return Prepared(np.asarray(x, np.float32), grey, numbers, (left, top, right, bottom), step)
 

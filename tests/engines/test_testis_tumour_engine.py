@@ -22,7 +22,7 @@ from dicom_node.packages import Task
 from dicom_node.pixels import ultrasound
 from dicom_node.pixels.decode import PixelDecoder
 from dicom_node.result import Refusal, RefusalCode
-from dicom_node.study import Instance, Study
+from dicom_node.study import Header, Instance, Study
 
 pytest.importorskip("nyxus", reason="nyxus is not installed (pip install 'dicom-node[radiomics]')")
 
@@ -125,11 +125,20 @@ def test_selects_the_picture_and_the_region_object_but_not_the_laboratory(
     assert selection.laterality == "R"
 
 
+UNSCALED = Header(
+    {
+        "RegionLocationMinX0": 10, "RegionLocationMinY0": 10, "RegionLocationMaxX1": 200, "RegionLocationMaxY1": 200,
+        "RegionSpatialFormat": 1, "RegionDataType": 1, "PhysicalUnitsXDirection": 0, "PhysicalUnitsYDirection": 0,
+    }
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.4"}, RefusalCode.NO_SUITABLE_IMAGE),
         ({"SequenceOfUltrasoundRegions": None}, RefusalCode.NO_SUITABLE_IMAGE),
+        ({"SequenceOfUltrasoundRegions": (UNSCALED,)}, RefusalCode.CALIBRATION_MISSING),
         ({"UltrasoundColorDataPresent": 1}, RefusalCode.WRONG_VIEW),
         ({"ImageType": ("ORIGINAL", "PRIMARY", "SCROTAL", "0011")}, RefusalCode.WRONG_VIEW),
     ],

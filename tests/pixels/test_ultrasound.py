@@ -47,6 +47,20 @@ def test_bounds_are_inclusive_and_spacing_is_in_millimetres_row_first() -> None:
     assert only.flags == 2
 
 
+@pytest.mark.parametrize(
+    ("spacing", "expected"),
+    [((0.4, 0.3), (0.4, 0.3)), ((40.0, 30.0), None), (("x", "y"), None), ((0.4,), None), ((), None)],
+)
+def test_pixel_spacing_serves_a_region_without_units_and_no_other(
+    spacing: tuple[object, ...], expected: tuple[float, float] | None
+) -> None:
+    bare = region(10, 20, 109, 69, PhysicalUnitsXDirection=0, PhysicalUnitsYDirection=0)
+    (only,) = tissue_regions(header(SequenceOfUltrasoundRegions=[bare], PixelSpacing=spacing))
+    assert only.spacing_mm == expected
+    (scaled,) = tissue_regions(header(SequenceOfUltrasoundRegions=[region(10, 20, 109, 69)], PixelSpacing=spacing))
+    assert scaled.spacing_mm == pytest.approx((0.3, 0.2)), "the region's own units are nearer to the pixels"
+
+
 def test_a_doppler_strip_with_negative_delta_y_is_read_and_is_not_tissue() -> None:
     strip = region(
         0, 200, 400, 290, RegionSpatialFormat=3, RegionDataType=3, PhysicalUnitsXDirection=4,
