@@ -84,6 +84,8 @@ class Receive(_Section):
     max_instance_mb: int = Field(2048, ge=1)
     idle_timeout: float = Field(60, gt=0)
     priority_ae: tuple[AETitle, ...] = ()
+    availability: bool = False
+    """Accept Instance Availability Notifications (N-CREATE): a hint that a study is complete."""
     also_accept: tuple[str, ...] = ()
     """Further Storage SOP Class UIDs (vendor private classes): stored, never routed."""
 
@@ -167,6 +169,8 @@ class Require(_Section):
     min_instances: int | None = Field(None, ge=1)
     phases: tuple[str, ...] = ()
     clinical: tuple[str, ...] = ()
+    series_count: bool = False
+    """Ask the PACS (`query`) how many instances the selected series have; fewer here = incomplete."""
 
 
 class Route(_Section):
@@ -180,6 +184,8 @@ class Route(_Section):
     assemble: RouteAssemble = RouteAssemble()
     require: Require = Require()
     if_incomplete: Literal["run", "hold", "give_up"] = "give_up"
+    hold_hours: float = Field(72, gt=0)
+    """A held study is given up after so long."""
     not_assessable: Literal["none", "sr"] = "none"
 
     @model_validator(mode="after")
@@ -234,6 +240,8 @@ class Destination(_Section):
     charset: Literal["ISO_IR 192", "GB18030", "ISO_IR 100"] = "ISO_IR 192"
     commitment: bool = False
     accept_demonstration: bool = False
+    check_identity: bool = False
+    """Before sending: the PACS (`query`) knows the study under the same Patient ID and Accession Number, else hold."""
 
     @property
     def takes_demonstration(self) -> bool:
@@ -252,6 +260,19 @@ class Deliver(_Section):
         default_factory=dict
     )
     retry: Retry = Retry()
+
+
+class Query(_Section):
+    """The PACS as Query/Retrieve SCP (Study Root, FIND): for `require.series_count` and `check_identity`."""
+
+    ae_title: AETitle
+    host: str
+    port: Port
+    tls: Tls | None = None
+    timeout_seconds: float = Field(10, gt=0)
+    attempts: int = Field(3, ge=1)
+    """So often it is asked before "no answer", "fewer here" or "unknown there" counts."""
+    retry_seconds: float = Field(60, gt=0)
 
 
 class Clinical(_Section):
@@ -285,6 +306,7 @@ class Config(_Section):
     infer: Infer = Infer()
     report: Report = Report()
     deliver: Deliver = Deliver()
+    query: Query | None = None
     clinical: Clinical = Clinical()
     metrics: MetricsServer = MetricsServer()
     log: Log = Log()
@@ -292,6 +314,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _references(self) -> Config:
+        _check_query(self)
         names = [route.name for route in self.routes]
         for index, route in enumerate(self.routes):
             if names.count(route.name) > 1:
@@ -303,6 +326,18 @@ class Config(_Section):
                         f"routes.{index}.deliver: a name under deliver.destinations ({known}), not {name!r}"
                     )
         return self
+
+
+def _check_query(config: Config) -> None:
+    """A check that cannot be made must not look as if it were."""
+    if config.query is not None:
+        return
+    asks = [f"routes.{n}.require.series_count" for n, route in enumerate(config.routes) if route.require.series_count]
+    asks += [
+        f"deliver.destinations.{n}.check_identity" for n, d in config.deliver.destinations.items() if d.check_identity
+    ]
+    if asks:
+        raise ValueError(f"{asks[0]}: needs the section query (the PACS to ask)")
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -391,6 +426,7 @@ def _resolve(config: Config, base: Path) -> Config:
             "receive": config.receive.model_copy(update={"tls": tls(config.receive.tls)}),
             "store": config.store.model_copy(update={"root": base / config.store.root}),
             "engines": config.engines.model_copy(update={"path": tuple(base / p for p in config.engines.path)}),
+            "query": config.query and config.query.model_copy(update={"tls": tls(config.query.tls)}),
             "deliver": config.deliver.model_copy(update={"destinations": destinations}),
             "clinical": config.clinical.model_copy(
                 update={"sidecar": config.clinical.sidecar and base / config.clinical.sidecar}

@@ -21,6 +21,7 @@ from dicom_node.audit import Audit
 from dicom_node.clinical import ClinicalValues
 from dicom_node.config import Config
 from dicom_node.deliver import DeliverStage
+from dicom_node.dimse.query import Finder
 from dicom_node.errors import WorkerError
 from dicom_node.infer import InferStage
 from dicom_node.log import make_log
@@ -28,6 +29,7 @@ from dicom_node.metrics import Health, Metrics, serve
 from dicom_node.packages import task_of, wanted_of
 from dicom_node.pixels.decode import available_decoders
 from dicom_node.report.stage import ReportStage
+from dicom_node.route.complete import CompleteStage
 from dicom_node.route.stage import RouteStage
 from dicom_node.service import models, upkeep
 from dicom_node.service.control import ControlServer, Message
@@ -36,7 +38,7 @@ from dicom_node.service.loops import StageLoop
 from dicom_node.service.notify import notify
 from dicom_node.service.orders import apply_command
 from dicom_node.service.trail import Trail
-from dicom_node.store import jobs
+from dicom_node.store import availability, jobs
 from dicom_node.store.files import Files, RootLock
 from dicom_node.store.index import IndexStage
 from dicom_node.store.ledger import Ledger, add_event
@@ -59,7 +61,7 @@ class Node:
         self._lock = lock
         self.metrics = Metrics()
         self.log = make_log(config.log, root).bind(process="stages")
-        self.view = ListenerView(self._stored, self.metrics.merge, self._listener_event)
+        self.view = ListenerView(self._stored, self.metrics.merge, self._listener_event, self._available)
         self._listener = None
         if listener is not None:
             self._listener = ListenerProcess(config_path, listener, self.view, self.log, self.metrics)
@@ -102,6 +104,8 @@ class Node:
         )
         clinical = ClinicalValues(wanted_of(config.engines.path))
         routing = RouteStage(config, ledger, self._files.path_of, clinical.known, log, metrics)
+        pacs = None if config.query is None else Finder(config.query, config.receive.ae_title)
+        completing = CompleteStage(config, ledger, self._files.path_of, clinical.known, pacs, log, metrics)
         reporting = ReportStage(
             config, ledger, self._files, lambda name: task_of(config.engines.path, name), log, metrics
         )
@@ -110,6 +114,7 @@ class Node:
             StageLoop("index", self._index.run_once, log, metrics, idle_seconds=0.5, linger_seconds=0.05),
             StageLoop("assemble", self._assemble_once, log, metrics, seconds_to_next=self._assembling.seconds_to_next),
             StageLoop("route", routing.run_once, log, metrics),
+            StageLoop("complete", completing.run_once, log, metrics),
             StageLoop("report", reporting.run_once, log, metrics),
             StageLoop("upkeep", upkeeping.run_once, log, metrics, idle_seconds=upkeep.PERIOD),
         ]
@@ -135,6 +140,7 @@ class Node:
                 log,
                 metrics,
                 on_delivered=self._trail.object_sent,
+                query=config.query,
             )
             self._stages.append(delivering)
             loops.append(
@@ -257,6 +263,11 @@ class Node:
             add_event(tx, self.ledger.clock(), None, str(message["code"])[:48], str(message["text"])[:400])
         if message["code"] == "ASSOCIATION_REJECTED":
             self._trail.audit.association_rejected("", str(message.get("peer", "")), str(message["text"])[:400])
+
+    def _available(self, study_uid: str, sop_uids: list[str]) -> None:
+        with self.ledger.write() as tx:
+            availability.announce(tx, study_uid, sop_uids, self.ledger.clock())
+        self._stored()
 
     def _answer(self, message: Message) -> Message:
         if message.get("kind") == "explain":

@@ -82,6 +82,7 @@ def explain_text(answer: Answer) -> str:
         if o["engine"] and o["package"]:
             lines.append(f"  engine {o['engine']}, package {o['package']}, digest {str(o['digest'])[:16]}…")
     lines += [_delivery_line(d) for d in answer["deliveries"]]
+    lines += [_withdrawal_line(w) for w in answer["withdrawals"]]
     lines.append("what happened")
     lines += [f"  {_clock(e['at'])}  {e['code']:<20} {e['text']}" for e in answer["events"]]
     if answer["evidence"]:
@@ -100,6 +101,11 @@ def _delivery_line(d: Answer) -> str:
     said = f"delivery to {d['destination']}: {d['state']}" + (f", status {d['status']}" if d["status"] else "")
     said += f", {d['attempts']} attempts, {d['sop_instance_uid']}"
     return said + (f": {d['reason']}" if d["reason"] else "")
+
+
+def _withdrawal_line(w: Answer) -> str:
+    said = "withdrawn from" if w["done"] else "WITHDRAW from"
+    return f"{said} {w['destination']}: {w['sop_instance_uid']}, its images are rejected ({w['code']} {w['reason']})"
 
 
 def _clock(at: float) -> str:

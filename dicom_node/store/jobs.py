@@ -19,8 +19,8 @@ AGEING_SECONDS = 300.0
 """A job that has waited so long counts one priority more, so that routine studies do not starve behind STAT ones."""
 MAX_SILENT = 5
 """Attempts after which a job that never answers is DEAD."""
-HELD = 1e12
-"""run_at of a job that waits for an operator (route option if_incomplete: hold)."""
+HELD = "HELD_INCOMPLETE"
+"""Code of a job that waits for more instances or an operator (route option if_incomplete: hold)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +181,26 @@ def fail(
     return state
 
 
+def wait(
+    tx: sa.Connection, claimed: Job, *, until: float, payload: dict[str, Any], code: str = "", detail: str = ""
+) -> bool:
+    """Not now: READY again at `until`, no attempt lost. `code` and `detail` stand in `explain` meanwhile."""
+    done = tx.execute(
+        job.update()
+        .where(_mine(claimed))
+        .values(
+            state=JobState.READY,
+            lease=None,
+            run_at=until,
+            attempts=0,
+            payload=_dumps(payload),
+            code=code or None,
+            detail=detail,
+        )
+    )
+    return bool(done.rowcount == 1)
+
+
 def supersede(tx: sa.Connection, study_uid: str, before_revision: int, now: float) -> int:
     """A newer revision takes over: open jobs of older ones end, and their running attempts are fenced out."""
     done = tx.execute(
@@ -218,16 +238,27 @@ def retry(tx: sa.Connection, study_uid: str, now: float) -> int:
 
 
 def release(tx: sa.Connection, study_uid: str, now: float) -> int:
-    """An operator's word that a held study is complete as it is."""
+    """An operator's word that a study is complete as it is: routes that wait for more of it go on."""
     rows = tx.execute(
         sa.select(job.c.id, job.c.payload).where(
-            job.c.study_uid == study_uid, job.c.state == JobState.READY, job.c.run_at >= HELD
+            job.c.study_uid == study_uid,
+            job.c.stage == Stage.COMPLETE,
+            job.c.state.in_([JobState.READY, JobState.RUNNING]),
         )
     ).all()
     for row in rows:
         payload = json.loads(row.payload) | {"incomplete_accepted": True}
-        tx.execute(job.update().where(job.c.id == row.id).values(run_at=now, payload=_dumps(payload)))
+        values = {"state": JobState.READY, "run_at": now, "payload": _dumps(payload), "code": None, "detail": ""}
+        # A turn that is asking the PACS just now is fenced out: the operator's word comes after it.
+        tx.execute(job.update().where(job.c.id == row.id).values(**values, lease=None, fence=job.c.fence + 1))
     return len(rows)
+
+
+def held(tx: sa.Connection, study_uid: str | None = None) -> int:
+    """How many routes wait for more instances or an operator, of one study or of all."""
+    of = [] if study_uid is None else [job.c.study_uid == study_uid]
+    query = sa.select(sa.func.count()).where(job.c.state != JobState.DONE, job.c.code == HELD, *of)
+    return int(tx.execute(query).scalar_one())
 
 
 def last_answer(tx: sa.Connection, study_uid: str, route: str, before_revision: int) -> str | None:
