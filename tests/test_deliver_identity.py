@@ -169,7 +169,7 @@ def test_retry_asks_again(line, registry):
 
 
 def test_an_acceptance_is_for_that_identity_only(line, registry):
-    node, pacs = line
+    node, _ = line
     registry.known = [("OTHER", "ACC-1")]
     node.queue()
     node.drain()

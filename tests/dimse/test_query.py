@@ -1,10 +1,9 @@
-"""C-FIND: what Orthanc says of series and of whose study it is; a PACS that fails is an error, never an empty answer."""
+"""C-FIND: what Orthanc says of series and of whose study it is; a PACS that fails is an error, not an empty answer."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,9 +81,9 @@ def test_a_pacs_that_does_not_fill_the_optional_key_says_nothing():
 
 
 def test_a_failure_after_the_first_answer_is_an_error_and_not_half_an_answer():
-    with scripted((0xFF00, answer(SeriesInstanceUID="1.2")), (0xA700, None)) as port:
-        with pytest.raises(QueryError, match="0xA700"):
-            finder(port).series_counts(STUDY)
+    answers = ((0xFF00, answer(SeriesInstanceUID="1.2")), (0xA700, None))
+    with scripted(*answers) as port, pytest.raises(QueryError, match="0xA700"):
+        finder(port).series_counts(STUDY)
 
 
 def test_answers_about_other_studies_do_not_count():

@@ -1,4 +1,4 @@
-"""Completeness, identity and rejection through the network: Orthanc as the PACS that is asked, storescu as the sender."""
+"""Completeness, identity and rejection through the network: Orthanc is the PACS that is asked, storescu sends."""
 
 from __future__ import annotations
 

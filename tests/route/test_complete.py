@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import dce
 import pytest
+from pydicom.dataset import Dataset
 
 from dicom_node import config
 from dicom_node.errors import QueryError
 from dicom_node.log import Log
 from dicom_node.metrics import Metrics
 from dicom_node.result import ClinicalInput, Code
+from dicom_node.route import missing_requirements
 from dicom_node.route.complete import RECHECK_SECONDS, CompleteStage
 from dicom_node.route.stage import RouteStage
 from dicom_node.service.orders import apply_command
@@ -183,6 +186,21 @@ def test_phases_that_the_headers_do_not_establish_are_missing(make_room):
     room = make_room(require={"phases": ["arterial"]})
     assert room.last() == ("infer", "REFUSED", "INCOMPLETE")
     assert "phases arterial (NO_SUITABLE_IMAGE" in room.told()["outcomes"][-1]["detail"]
+
+
+def test_phases_are_told_from_the_headers(tmp_path):
+    d = dce.Dce()
+
+    def mark(ds: Dataset, phase: int, _slice: int) -> None:
+        ds.SeriesDescription = ("native", "arterial", "portal venous", "delayed")[phase]
+        ds.AcquisitionTime = dce.tm(d.time(phase))
+
+    study = dce.study(tmp_path, d.datasets(mark, one_series=False))
+    wanted = config.Require(phases=("Arterial", "delayed", "hepatobiliary"))
+    assert missing_requirements(wanted, study, {}) == ["phase hepatobiliary"]
+    first = [study.series[0].series_instance_uid]
+    (said,) = missing_requirements(wanted, study, {}, first)
+    assert said.startswith("phases Arterial, delayed, hepatobiliary (PHASE_MISSING")
 
 
 # -- the PACS

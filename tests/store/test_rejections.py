@@ -1,4 +1,4 @@
-"""Rejection notes: read from real files, in effect at once, cancelled jobs, withdrawn and listed results, revoked notes."""
+"""Rejection notes from real files: in effect at once, jobs cancelled, results withdrawn or listed, notes revoked."""
 
 from __future__ import annotations
 
