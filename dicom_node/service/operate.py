@@ -46,6 +46,8 @@ def status_text(answer: Answer) -> str:
     lines.append("oldest undelivered object: " + ("none" if oldest is None else f"{oldest:.0f} s"))
     for d in answer["destinations"]:
         lines.append(f"destination {d['name']}: {d['pending']} pending, {d['delivered']} delivered, {d['dead']} dead")
+        if d["held"]:
+            lines.append(f"  HELD: {d['held']}; explain says of which identity")
         if d["paused"]:
             lines.append(f"  PAUSED: {d['reason']}")
     return "\n".join(lines)

@@ -45,6 +45,7 @@ def test_a_rejection_note_lists_what_was_delivered_and_no_new_result_comes(make_
     assert f"WITHDRAW from pacs: {min(sent)}" in said and "113037 Rejected for Patient Safety Reasons" in said
 
 
+@pytest.mark.long
 def test_orthanc_is_asked_how_many_there_are_and_whose_study_it_is(make_node, phantom, tmp_path):
     second = pydicom.dcmread(phantom)
     second.SOPInstanceUID = second.file_meta.MediaStorageSOPInstanceUID = generate_uid()
