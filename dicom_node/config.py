@@ -18,6 +18,11 @@ from dicom_node import config_clinical
 from dicom_node.config_base import Section as _Section
 from dicom_node.config_base import is_loopback as is_loopback
 from dicom_node.config_clinical import Clinical
+from dicom_node.config_peers import AETitle, Deliver, Port
+from dicom_node.config_peers import Destination as Destination
+from dicom_node.config_peers import Query as Query
+from dicom_node.config_peers import Retry as Retry
+from dicom_node.config_peers import Tls as Tls
 from dicom_node.errors import ConfigError
 
 
@@ -27,17 +32,6 @@ def shipped() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent
 
 
-def _ae_title(value: Any) -> Any:
-    """PS3.5 6.2 AE: 1..16 characters of the default repertoire, no backslash, not only spaces."""
-    if not isinstance(value, str) or not re.fullmatch(r"[\x20-\x5b\x5d-\x7e]{1,16}", value) or not value.strip():
-        raise ValueError("an AE title: 1 to 16 printable ASCII characters without a backslash (PS3.5 table 6.2-1)")
-    return value.strip()
-
-
-AETitle = Annotated[str, BeforeValidator(_ae_title)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-
-
 def _network(value: Any) -> Any:
     if not isinstance(value, str):
         raise ValueError('a network such as "10.1.0.0/16"')
@@ -45,14 +39,6 @@ def _network(value: Any) -> Any:
         return str(ipaddress.ip_network(value, strict=False))
     except ValueError:
         raise ValueError('a network such as "10.1.0.0/16"') from None
-
-
-class Tls(_Section):
-    """PEM files: our certificate chain, its key, and the CA that signs our peers (both sides present one)."""
-
-    cert: Path
-    key: Path
-    ca: Path
 
 
 class AllowedPeer(_Section):
@@ -76,6 +62,8 @@ class Receive(_Section):
     max_instance_mb: int = Field(2048, ge=1)
     idle_timeout: float = Field(60, gt=0)
     priority_ae: tuple[AETitle, ...] = ()
+    availability: bool = False
+    """Accept Instance Availability Notifications (N-CREATE): a hint that a study is complete."""
     also_accept: tuple[str, ...] = ()
     """Further Storage SOP Class UIDs (vendor private classes): stored, never routed."""
 
@@ -159,6 +147,8 @@ class Require(_Section):
     min_instances: int | None = Field(None, ge=1)
     phases: tuple[str, ...] = ()
     clinical: tuple[str, ...] = ()
+    series_count: bool = False
+    """Ask the PACS (`query`) how many instances the selected series have; fewer here = incomplete."""
 
 
 class Route(_Section):
@@ -172,6 +162,8 @@ class Route(_Section):
     assemble: RouteAssemble = RouteAssemble()
     require: Require = Require()
     if_incomplete: Literal["run", "hold", "give_up"] = "give_up"
+    hold_hours: float = Field(72, gt=0)
+    """A held study is given up after so long."""
     not_assessable: Literal["none", "sr"] = "none"
 
     @model_validator(mode="after")
@@ -215,37 +207,6 @@ class Report(_Section):
     capture: Capture = Capture()
 
 
-class Destination(_Section):
-    ae_title: AETitle
-    host: str
-    port: Port
-    tls: Tls | None = None
-    objects: tuple[Literal["sr", "capture"], ...] = ("sr", "capture")
-    sr: Literal["comprehensive3d", "enhanced"] = "comprehensive3d"
-    capture: Literal["multiframe", "keyframes"] = "multiframe"
-    charset: Literal["ISO_IR 192", "GB18030", "ISO_IR 100"] = "ISO_IR 192"
-    commitment: bool = False
-    accept_demonstration: bool = False
-
-    @property
-    def takes_demonstration(self) -> bool:
-        """Demonstration results go only to loopback, or where the operator said so in writing."""
-        return self.accept_demonstration or is_loopback(self.host)
-
-
-class Retry(_Section):
-    first_seconds: float = Field(5, gt=0)
-    max_seconds: float = Field(900, gt=0)
-    give_up_hours: float = Field(72, gt=0)
-
-
-class Deliver(_Section):
-    destinations: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], Destination] = Field(
-        default_factory=dict
-    )
-    retry: Retry = Retry()
-
-
 class MetricsServer(_Section):
     host: str = "127.0.0.1"
     port: Port = 9108
@@ -272,6 +233,7 @@ class Config(_Section):
     infer: Infer = Infer()
     report: Report = Report()
     deliver: Deliver = Deliver()
+    query: Query | None = None
     clinical: Clinical = Clinical()
     metrics: MetricsServer = MetricsServer()
     log: Log = Log()
@@ -279,6 +241,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _references(self) -> Config:
+        _check_query(self)
         names = [route.name for route in self.routes]
         for index, route in enumerate(self.routes):
             if names.count(route.name) > 1:
@@ -290,6 +253,18 @@ class Config(_Section):
                         f"routes.{index}.deliver: a name under deliver.destinations ({known}), not {name!r}"
                     )
         return self
+
+
+def _check_query(config: Config) -> None:
+    """A check that cannot be made must not look as if it were."""
+    if config.query is not None:
+        return
+    asks = [f"routes.{n}.require.series_count" for n, route in enumerate(config.routes) if route.require.series_count]
+    asks += [
+        f"deliver.destinations.{n}.check_identity" for n, d in config.deliver.destinations.items() if d.check_identity
+    ]
+    if asks:
+        raise ValueError(f"{asks[0]}: needs the section query (the PACS to ask)")
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -378,6 +353,7 @@ def _resolve(config: Config, base: Path) -> Config:
             "receive": config.receive.model_copy(update={"tls": tls(config.receive.tls)}),
             "store": config.store.model_copy(update={"root": base / config.store.root}),
             "engines": config.engines.model_copy(update={"path": tuple(base / p for p in config.engines.path)}),
+            "query": config.query and config.query.model_copy(update={"tls": tls(config.query.tls)}),
             "deliver": config.deliver.model_copy(update={"destinations": destinations}),
             "clinical": config_clinical.resolved(config.clinical, base),
             "audit": config.audit.model_copy(update={"path": config.audit.path and base / config.audit.path}),

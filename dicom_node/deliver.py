@@ -13,9 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dicom_node.config import Destination, Retry
+import pydicom
+
+from dicom_node.config import Destination, Query, Retry
+from dicom_node.dimse.query import Finder, Identity, identity_of
 from dicom_node.dimse.sender import Sender, SendOutcome
 from dicom_node.dimse.status import Outcome
+from dicom_node.errors import QueryError
 from dicom_node.log import Log
 from dicom_node.metrics import Recorder
 from dicom_node.store import deliveries
@@ -26,6 +30,8 @@ NOT_AUTHORISED = (0x0124, 0x0214)
 LIMITED_TRIES, LIMITED_SECONDS = 5, 86400.0
 """A status of unclear meaning: so many tries, spread over a day."""
 HOUR = 3600.0
+AGREED_SECONDS = 300.0
+"""An identity that agreed is not asked for again so soon: the objects of one study go out together."""
 
 
 class DeliverStage:
@@ -43,11 +49,14 @@ class DeliverStage:
         recorder: Recorder,
         *,
         sender: Sender | None = None,
+        query: Query | None = None,
         chance: Callable[[], float] = random.random,
         on_delivered: Callable[[Delivery], None] = lambda _sent: None,
     ) -> None:
         self._ledger, self._outputs, self._name, self._to, self._retry = ledger, outputs, name, destination, retry
         self._sender = sender or Sender(calling_ae_title)
+        self._query = query if destination.check_identity else None
+        self._finder = None if self._query is None else Finder(self._query, calling_ae_title)
         self._log, self._recorder, self._chance = log, recorder, chance
         self._on_delivered = on_delivered
         self._failures = 0
@@ -87,6 +96,8 @@ class DeliverStage:
         if not self._intact(path, one.sha256):
             self._dead(one, None, "the object's file is missing or was changed on disk")
             return True
+        if self._finder is not None and not self._identity_holds(self._finder, one, path):
+            return True
         started = time.monotonic()
         outcome = self._sender.send_file(self._to, path, batch=contexts)
         self._recorder.observe("dicom_node_delivery_seconds", time.monotonic() - started, destination=self._name)
@@ -99,6 +110,56 @@ class DeliverStage:
             return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
         except OSError:
             return False
+
+    def _identity_holds(self, finder: Finder, one: Delivery, path: Path) -> bool:
+        """May it go? False = it was held, or put off until the PACS answers; what waits behind it may go on."""
+        ours = identity_of(pydicom.dcmread(path, specific_tags=["PatientID", "AccessionNumber"]))
+        digest = _digest(ours)
+        now = self._ledger.clock()
+        with self._ledger.read() as tx:
+            if deliveries.identity_known(tx, one.study_uid, self._name, digest, now - AGREED_SECONDS):
+                return True
+        try:
+            theirs = finder.identities(one.study_uid)
+        except QueryError as e:
+            self._count_check("no_answer")
+            self._put_off(one, f"identity not checked: {e}")
+            return False
+        if theirs == {ours}:
+            self._count_check("agreed")
+            with self._ledger.write() as tx:
+                deliveries.remember_identity(tx, one.study_uid, self._name, digest, "AGREED", now)
+            return True
+        if not theirs:
+            self._count_check("unknown")
+            if self._query is not None and one.attempts + 1 < self._query.attempts:
+                self._put_off(
+                    one, "identity not checked: the PACS does not know the study yet", self._query.retry_seconds
+                )
+                return False
+        else:
+            self._count_check("differs")
+        with self._ledger.write() as tx:
+            deliveries.hold(tx, one, digest, _difference(ours, theirs), now)
+        self._log.error("delivery_held", study=self._log.uid(one.study_uid), destination=self._name)
+        return False
+
+    def _put_off(self, one: Delivery, reason: str, seconds: float | None = None) -> None:
+        now = self._ledger.clock()
+        if now - one.created_at > self._retry.give_up_hours * HOUR:
+            self._dead(one, None, f"given up after {self._retry.give_up_hours:g} h: {reason}")
+            return
+        at = now + (self._back_off(one.attempts) if seconds is None else seconds)
+        with self._ledger.write() as tx:
+            deliveries.again(tx, one, None, reason, at)
+            if one.attempts == 0:
+                text = f"{one.sop_uid} to {self._name}: {reason}; tried again"
+                add_event(tx, now, one.study_uid, "DELIVERY_DELAYED", text)
+        self._count("retry")
+        self._log.warning("not_delivered", destination=self._name, reason=reason, retry_seconds=round(at - now, 1))
+
+    def _count_check(self, outcome: str) -> None:
+        self._recorder.inc("dicom_node_identity_checks_total", destination=self._name, outcome=outcome)
 
     def _record(self, one: Delivery, outcome: SendOutcome) -> None:
         now = self._ledger.clock()
@@ -173,3 +234,22 @@ class DeliverStage:
 
     def _count(self, outcome: str) -> None:
         self._recorder.inc("dicom_node_deliveries_total", destination=self._name, outcome=outcome)
+
+
+def _digest(identity: Identity) -> str:
+    """Equal for equal identities; says nothing else."""
+    return hashlib.sha256(f"{identity.patient_id}\0{identity.accession_number}".encode()).hexdigest()
+
+
+def _difference(ours: Identity, theirs: frozenset[Identity]) -> str:
+    """Which attribute, never which value."""
+    if not theirs:
+        return "the PACS does not know the study"
+    if len(theirs) > 1:
+        return "the PACS holds the study under more than one identity"
+    (other,) = theirs
+    pairs = (
+        ("Patient ID", ours.patient_id, other.patient_id),
+        ("Accession Number", ours.accession_number, other.accession_number),
+    )
+    return "the PACS holds the study with another " + " and another ".join(n for n, a, b in pairs if a != b)

@@ -18,6 +18,7 @@
     ├── ClinicalSourceError     a source of clinical values gave no usable answer
     ├── NodeStoppingError       the node ends the worker: the job in hand keeps its attempt
     ├── ReportError             the objects of a result cannot be built (costs one attempt)
+    ├── QueryError              a PACS did not answer a C-FIND (the check it was for says nothing)
     └── DeliveryError           an object was not delivered; says what may be done next
 
 A class says two things: its C-STORE `status` (PS3.4 table B.2-1, PS3.7 annex C) where it has one, and whether
@@ -49,6 +50,12 @@ class ConfigError(NodeError):
 
 class RootInUseError(NodeError):
     """Another node works on this store root."""
+
+    retryable = True
+
+
+class QueryError(NodeError):
+    """A PACS did not answer a C-FIND."""
 
     retryable = True
 

@@ -113,7 +113,8 @@ class InferStage:
             refusal = Refusal(RefusalCode(reply.refusal["code"]), str(reply.refusal.get("detail", "")))
             self._refuse(job, route, refusal, about, dict(reply.package))
         elif reply.result is not None:
-            self._result(job, route, _with_problems(result_from_json(dict(reply.result)), problems), about)
+            result = _with_problems(result_from_json(dict(reply.result)), problems)
+            self._result(job, route, _with_gaps(result, job.payload.get("incomplete", [])), about)
         else:
             self._fault(job, f"the worker answered {reply.outcome} without a body")
 
@@ -207,6 +208,14 @@ def _with_problems(result: Result, problems: tuple[str, ...]) -> Result:
     if not problems:
         return result
     parameters = result.provenance.parameters | {"clinical values not used": "; ".join(problems)}
+    return replace(result, provenance=replace(result.provenance, parameters=parameters))
+
+
+def _with_gaps(result: Result, missing: list[str]) -> Result:
+    """What the route requires and the study lacked stands in the report: its reader must know."""
+    if not missing:
+        return result
+    parameters = result.provenance.parameters | {"required and missing": "; ".join(missing)}
     return replace(result, provenance=replace(result.provenance, parameters=parameters))
 
 

@@ -69,6 +69,7 @@ CATALOGUE: dict[str, Metric] = {
             "calling_ae",
             "status",
         ),
+        _counter("notifications", "Instance Availability Notifications (N-CREATE) understood.", "calling_ae"),
         _counter("received_bytes", "Bytes of the data sets of acknowledged instances.", "calling_ae"),
         _histogram("store_seconds", "Last byte of an instance received to its acknowledgement.", _FAST),
         _counter("listener_restarts", "Times the listener process ended and was started again."),
@@ -84,7 +85,7 @@ CATALOGUE: dict[str, Metric] = {
         _counter("studies_assembled", "Studies that were found complete, each revision counted."),
         _counter("revisions", "Studies assembled again because instances came late."),
         _gauge("studies", "Studies of the ledger by state.", "state"),
-        # route, infer, report
+        # route, clinical, complete, infer, report
         _counter("jobs", "Jobs that ended, by outcome (DEAD = needs a person).", "stage", "outcome", "route"),
         _counter("refusals", "Studies that got no number, by refusal code.", "route", "code"),
         _counter(
@@ -93,6 +94,12 @@ CATALOGUE: dict[str, Metric] = {
             "source",
             "outcome",
         ),
+        _counter(
+            "incomplete", "Routes that lacked something they require: run, held or given_up.", "route", "decision"
+        ),
+        _gauge("jobs_held", "Routes of studies that wait for more instances or an operator."),
+        _counter("rejected_images", "Instances that a rejection note (KOS) took out of use."),
+        _gauge("withdrawals_open", "Delivered objects made from images that were rejected later."),
         _counter("shadow_results", "Results recorded but not sent because the route is in shadow mode.", "route"),
         _counter("demonstration_withheld", "Demonstration results kept back from a destination.", "route"),
         _counter("job_failures", "Attempts that failed; the job is tried again until its limit.", "stage"),
@@ -129,6 +136,10 @@ CATALOGUE: dict[str, Metric] = {
         ),
         _gauge("delivery_queue", "Objects that wait for a destination.", "destination"),
         _gauge("deliveries_dead", "Objects a destination refused for good, or given up.", "destination"),
+        _gauge("deliveries_held", "Objects held because the PACS knows another patient or order.", "destination"),
+        _counter(
+            "identity_checks", "Identity checks: agreed, differs, unknown or no_answer.", "destination", "outcome"
+        ),
         _gauge("oldest_undelivered_seconds", "Age of the oldest object that waits for a destination.", "destination"),
         _gauge("destination_paused", "1 = the destination refuses us for good and is only probed.", "destination"),
         # the node itself

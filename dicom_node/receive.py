@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from dicom_node import errors
 from dicom_node.config import Receive, Store
 from dicom_node.dimse.admission import Rejection
+from dicom_node.dimse.notification import Availability, NotificationSink
 from dicom_node.dimse.seam import Association, Sink, StoreRequest, StoreResponse
 from dicom_node.dimse.server import Server
 from dicom_node.dimse.status import PROCESSING_FAILURE
@@ -152,6 +153,16 @@ class StorageReceiver:
     def begin(self, request: StoreRequest) -> Sink:
         """See seam.Receiver."""
         return _InstanceSink(self, request)
+
+    def notify(self, request: StoreRequest) -> Sink:
+        """See seam.Receiver."""
+
+        def told(said: Availability) -> None:
+            self.deltas.inc("dicom_node_notifications_total", calling_ae=self.label(request.association))
+            instances = list(said.sop_instance_uids)
+            self.link.send({"kind": "available", "study": said.study_instance_uid, "instances": instances})
+
+        return NotificationSink(request.transfer_syntax_uid, told)
 
     def closed(self, association: Association, *, released: bool) -> None:
         """See seam.Receiver."""

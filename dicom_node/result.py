@@ -35,6 +35,7 @@ class RefusalCode(enum.StrEnum):
     BODY_PART_AMBIGUOUS = "BODY_PART_AMBIGUOUS"
     INDICATION_NOT_ESTABLISHED = "INDICATION_NOT_ESTABLISHED"
     INCOMPLETE = "INCOMPLETE"
+    IMAGE_REJECTED = "IMAGE_REJECTED"
     PATIENT_CONFLICT = "PATIENT_CONFLICT"
     ENGINE_NOT_AVAILABLE = "ENGINE_NOT_AVAILABLE"
     # select: headers
@@ -81,6 +82,7 @@ _SENTENCES: dict[RefusalCode, str] = {
         "The body part matches, but nothing establishes the indication the engine was made for."
     ),
     RefusalCode.INCOMPLETE: "The study never held what the route requires.",
+    RefusalCode.IMAGE_REJECTED: "A rejection note (Key Object Selection) says that these images must not be used.",
     RefusalCode.PATIENT_CONFLICT: "Instances of this study disagree on who the patient is.",
     RefusalCode.ENGINE_NOT_AVAILABLE: "The engine of this route is not installed or was not accepted on this machine.",
     RefusalCode.NO_SUITABLE_IMAGE: "The study holds no image of the kind the engine needs.",

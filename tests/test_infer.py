@@ -17,6 +17,7 @@ from dicom_node.result import ClinicalInput, Code, Finding, Provenance, Result, 
 from dicom_node.store import inspect, jobs, studies
 from dicom_node.store.ledger import Ledger
 from dicom_node.store.schema import Stage
+from dicom_node.store.schema import job as job_table
 from dicom_node.worker import Reply
 
 ABOUT = {"version": "1", "digest": "d" * 64, "intended_use": "demonstration", "algorithm": "A"}
@@ -179,3 +180,14 @@ def test_clinical_values_reach_the_engine_and_what_was_not_usable_reaches_the_re
     assert job is not None
     parameters = job.payload["result"]["provenance"]["parameters"]
     assert parameters["clinical values not used"] == "EDV: the report does not say of which side"
+
+
+def test_what_the_route_requires_and_the_study_lacked_stands_in_the_report(make_room):
+    room = make_room(deliver=["near"])
+    with room.ledger.write() as tx:
+        tx.execute(job_table.update().values(payload='{"incomplete": ["min_instances 2 (there are 1)"]}'))
+    room.run(said())
+    job = room.report()
+    assert job is not None
+    parameters = job.payload["result"]["provenance"]["parameters"]
+    assert parameters["required and missing"] == "min_instances 2 (there are 1)"

@@ -1,14 +1,17 @@
-"""The clinical stage: asks the sources outside a study, while the study's route job waits.
+"""The clinical stage: asks the sources outside a study, while the study's route job is parked or a route holds it.
 
 The only caller of a network or a sidecar folder for clinical values, in a loop of its own: a server that is slow holds
 up nobody who does not need it. What a source said is written into the route job, so that routing and inference see the
 same, also after a crash. A source that does not answer is asked again, the pause doubling, until
 `clinical.wait_seconds` have passed since the study was routed; then the study goes on without it, and the report says
-so. The bound holds however long the queue is: a study whose time is over is not asked for any more.
+so. The bound holds however long the queue is: a study whose time is over is not asked for any more. A study that its
+route holds for want of a value (`if_incomplete: hold`) is asked for behind all others, until the value is there or the
+hold is over.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -35,6 +38,10 @@ LEASE_SECONDS = 90.0
 FIRST_PAUSE, MAX_PAUSE = 5.0, 60.0
 LOOK_AGAIN = 30.0
 """Seconds until a value that a route requires is looked for again."""
+LOOK_AGAIN_HELD = 300.0
+"""The same for a study that is held, which may last for days."""
+WAITING = "CLINICAL_WAITING"
+"""Event, and code in `explain`, of a study that waits for a source or a value."""
 
 Ask = Callable[[Subject, tuple[CodeKey, ...], float], Gathered]
 
@@ -93,11 +100,11 @@ class ClinicalStage:
             return False
         with self._ledger.read() as tx:
             study = studies.load_study(tx, job.study_uid, job.revision, self._path_of)
-            waited_for = jobs.is_parked(tx, job)
+            waited_for = jobs.is_waited_for(tx, job)
         if not waited_for:  # an operator let the study go on
             self._end(job, Gathered(), ())
             return True
-        deadline = job.created_at + self._wait
+        deadline = math.inf if job.route else job.created_at + self._wait
         answers, silent, again_at = self._ask_all(job, study, deadline)
         gathered = Gathered(
             tuple(o for a in answers.values() for o in a.observations),
@@ -106,7 +113,8 @@ class ClinicalStage:
         missing = self._missing(job, study, gathered)
         now = self._ledger.clock()
         if now < deadline and (again_at or missing):
-            self._postpone(job, answers, min(deadline, again_at or now + LOOK_AGAIN), silent, missing)
+            until = now + LOOK_AGAIN_HELD if job.route else min(deadline, again_at or now + LOOK_AGAIN)
+            self._postpone(job, answers, gathered, until, silent, missing)
         else:
             self._end(job, gathered, missing)
         return True
@@ -167,13 +175,26 @@ class ClinicalStage:
     # -- writing down
 
     def _postpone(
-        self, job: Job, answers: Mapping[str, Gathered], until: float, silent: list[str], missing: tuple[str, ...]
+        self,
+        job: Job,
+        answers: Mapping[str, Gathered],
+        gathered: Gathered,
+        until: float,
+        silent: list[str],
+        missing: tuple[str, ...],
     ) -> None:
         now = self._ledger.clock()
+        if job.route:  # what the route lacks stands with its held job
+            with self._ledger.write() as tx:
+                jobs.wait(tx, job, until=until, payload=job.payload)
+            return
         payload = job.payload | {"answers": {name: a.to_json() for name, a in answers.items()}, "told": True}
+        text = "; ".join((*silent, *(f"{_missing(name)}; the route requires it" for name in missing)))
         with self._ledger.write() as tx:
-            if jobs.postpone(tx, job, until, payload) and not job.payload.get("told"):
-                text = "; ".join((*silent, *(f"{_missing(name)}; the route requires it" for name in missing)))
+            if not jobs.wait(tx, job, until=until, payload=payload, code=WAITING, detail=text):
+                return
+            jobs.hand_over(tx, job, {"clinical": gathered.to_json()}, None)  # an operator may let it go on with this
+            if not job.payload.get("told"):
                 limit = f"the study waits for {self._wait:g} s at most (dicom-node complete lets it go on)"
                 add_event(tx, now, job.study_uid, "CLINICAL_WAITING", f"{text}; {limit}")
 
@@ -182,7 +203,7 @@ class ClinicalStage:
         with self._ledger.write() as tx:
             if not jobs.finish(tx, job, Ending(Outcome.GATHERED), now):
                 return  # a newer revision took over
-            if jobs.unpark(tx, job, {"clinical": gathered.to_json()}, now):
+            if jobs.hand_over(tx, job, {"clinical": gathered.to_json()}, now):
                 self._tell(tx, job, gathered, missing, now)
         self._recorder.inc("dicom_node_jobs_total", stage="clinical", outcome=str(Outcome.GATHERED), route="")
 

@@ -1,4 +1,4 @@
-"""One association as SCP: pynetdicom's negotiation and responses over `upper_layer.py`; C-ECHO and C-STORE only.
+"""One association as SCP: pynetdicom's negotiation and responses over `upper_layer.py`; C-ECHO, C-STORE, N-CREATE.
 
 The library collects a data set in memory, or in a temporary file that outlives a dead peer. Here fragments go
 straight to a `Sink`; commands and messages in hand are bounded; a thread ends in exactly one place, where nothing is
@@ -22,7 +22,8 @@ from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.transport import AddressInformation
 
-from dicom_node.dimse.command import C_ECHO_RQ, C_STORE_RQ, Command, encode_response, parse_command
+from dicom_node.dimse.command import C_ECHO_RQ, C_STORE_RQ, N_CREATE_RQ, Command, encode_response, parse_command
+from dicom_node.dimse.contexts import INSTANCE_AVAILABILITY
 from dicom_node.dimse.seam import Association, Receiver, Sink, StoreRequest, StoreResponse
 from dicom_node.dimse.status import ERROR_COMMENT_LENGTH, OUT_OF_RESOURCES, SUCCESS
 from dicom_node.dimse.upper_layer import BoundedSocket, DataTF, PeerError, UpperLayer
@@ -103,7 +104,7 @@ class _Messages(DIMSEServiceProvider):
         self._partial.clear()
         if command.field == C_ECHO_RQ and not command.has_data_set:
             self._owner.respond(context_id, command, StoreResponse(SUCCESS))
-        elif command.field == C_STORE_RQ:
+        elif command.field in (C_STORE_RQ, N_CREATE_RQ):
             self._current = _Message(context_id, command, self._owner.begin(context_id, command), time.monotonic())
             if not command.has_data_set:
                 self._answer(self._current)
@@ -145,7 +146,7 @@ class _Messages(DIMSEServiceProvider):
 
 
 class StorageAssociation(_Association):
-    """A thread that answers C-ECHO and C-STORE until the peer releases, aborts, goes silent, or breaks a rule."""
+    """A thread that answers C-ECHO, C-STORE and N-CREATE until the peer ends it, is silent, or breaks a rule."""
 
     def __init__(
         self,
@@ -231,12 +232,16 @@ class StorageAssociation(_Association):
     # Called from the upper layer's thread, and from the server
 
     def begin(self, context_id: int, command: Command) -> Sink:
-        """A C-STORE-RQ is complete; where its data set goes."""
+        """A C-STORE-RQ or N-CREATE-RQ is complete; where its data set goes."""
         context = self._accepted_cx.get(context_id)
         if context is None:
             raise PeerError("context_not_accepted")
         syntax = str(context.transfer_syntax[0])
-        return self._receiver.begin(StoreRequest(self.info, command.sop_class_uid, command.sop_instance_uid, syntax))
+        request = StoreRequest(self.info, command.sop_class_uid, command.sop_instance_uid, syntax)
+        notifies = str(context.abstract_syntax) == INSTANCE_AVAILABILITY
+        if notifies != (command.field == N_CREATE_RQ):
+            raise PeerError("operation_not_offered")
+        return self._receiver.notify(request) if notifies else self._receiver.begin(request)
 
     def respond(self, context_id: int, command: Command, answer: StoreResponse) -> None:
         """Send the response in as many P-DATA-TF as the peer's maximum length asks for (PS3.8 annex D.1)."""

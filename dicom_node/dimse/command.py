@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 C_STORE_RQ = 0x0001
 C_ECHO_RQ = 0x0030
+N_CREATE_RQ = 0x0140
 RESPONSE = 0x8000
 NO_DATA_SET = 0x0101
 
@@ -49,7 +50,7 @@ def parse_command(data: bytes) -> Command:
 
 
 def encode_response(request: Command, status: int, *, comment: str = "", offending_element: int | None = None) -> bytes:
-    """The C-STORE-RSP or C-ECHO-RSP to a request. A UID that cannot be one is left out (its elements are optional)."""
+    """The C-STORE-, C-ECHO- or N-CREATE-RSP to a request. A UID that cannot be one is left out (they are optional)."""
     body = b"".join(
         (
             _element(0x0002, _echoed(request.sop_class_uid)),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 VERIFICATION = "1.2.840.10008.1.1"
+INSTANCE_AVAILABILITY = "1.2.840.10008.5.1.4.33"
 
 EXPLICIT_VR_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
 IMPLICIT_VR_LITTLE_ENDIAN = "1.2.840.10008.1.2"
@@ -57,9 +58,9 @@ class SopClass:
 
     uid: str
     name: str
-    use: Literal["image", "report", "region", "stored", "verification"]
+    use: Literal["image", "report", "region", "stored", "verification", "notification"]
     """image: routed; report: clinical and measurement input; region: ROI input; stored: kept, never routed, so that the
-    sender's whole-study job does not fail."""
+    sender's whole-study job does not fail; notification: N-CREATE, only where `receive.availability` is true."""
     transfer_syntaxes: tuple[str, ...] = ALL
 
 
@@ -95,11 +96,12 @@ SOP_CLASSES: tuple[SopClass, ...] = (
     SopClass(_STORAGE + "67", "Real World Value Mapping Storage", "stored", UNCOMPRESSED),
     SopClass(_STORAGE + "30", "Parametric Map Storage", "stored"),
     SopClass(_STORAGE + "2", "CT Image Storage", "stored"),
+    SopClass(INSTANCE_AVAILABILITY, "Instance Availability Notification", "notification", UNCOMPRESSED),
 )
 
 
-def accepted(also_accept: Iterable[str] = ()) -> tuple[SopClass, ...]:
+def accepted(also_accept: Iterable[str] = (), *, availability: bool = False) -> tuple[SopClass, ...]:
     """The table with the operator's additions (`receive.also_accept`: vendor private classes, stored, never routed)."""
     known = {c.uid for c in SOP_CLASSES}
     extra = tuple(SopClass(uid, "receive.also_accept", "stored") for uid in also_accept if uid not in known)
-    return SOP_CLASSES + extra
+    return tuple(c for c in SOP_CLASSES if availability or c.use != "notification") + extra

@@ -66,6 +66,9 @@ class Receiver(Protocol):
     def begin(self, request: StoreRequest) -> Sink:
         """A C-STORE-RQ came; its data set follows."""
 
+    def notify(self, request: StoreRequest) -> Sink:
+        """An N-CREATE-RQ of Instance Availability Notification came; its data set follows."""
+
     def closed(self, association: Association, *, released: bool) -> None:
         """It ended, in order or not."""
 

@@ -62,7 +62,8 @@ class Server:
         self._config, self._receiver, self._tls = config, receiver, tls
         self._request_seconds = request_seconds
         self._admission = Admission(config)
-        self._contexts = {c.uid: build_context(c.uid, list(c.transfer_syntaxes)) for c in accepted(config.also_accept)}
+        table = accepted(config.also_accept, availability=config.availability)
+        self._contexts = {c.uid: build_context(c.uid, list(c.transfer_syntaxes)) for c in table}
         self._ae = AE(config.ae_title)
         self._ae.maximum_pdu_size = config.max_pdu
         self._ae.network_timeout = config.idle_timeout

@@ -54,6 +54,7 @@ _REFUSALS: Final = {
     RefusalCode.BODY_PART_AMBIGUOUS: ("BODYPART-AMBIG", "Body part ambiguous"),
     RefusalCode.INDICATION_NOT_ESTABLISHED: ("NO-INDICATION", "Indication not established"),
     RefusalCode.INCOMPLETE: ("INCOMPLETE", "Study incomplete"),
+    RefusalCode.IMAGE_REJECTED: ("IMAGE-REJECTED", "Images rejected by a note"),
     RefusalCode.PATIENT_CONFLICT: ("PATIENT-CONFLICT", "Patient identity conflict"),
     RefusalCode.ENGINE_NOT_AVAILABLE: ("NO-ENGINE", "Engine not available"),
     RefusalCode.NO_SUITABLE_IMAGE: ("NO-IMAGE", "No suitable image"),

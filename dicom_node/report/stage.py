@@ -131,6 +131,7 @@ class ReportStage:
                         deliveries.add_delivery(
                             tx, to=name, sop_uid=output.sop_uid, study_uid=job.study_uid, priority=job.priority, now=now
                         )
+            deliveries.drop_held(tx, job.study_uid, job.route, job.revision, now)
             kinds = ", ".join(f"{made.kind} ({made.variant})" for made in built)
             add_event(tx, now, job.study_uid, "REPORTED", f"{job.route}: {kinds}")
         self._recorder.inc("dicom_node_jobs_total", stage="report", outcome="BUILT", route=job.route)

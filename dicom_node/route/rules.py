@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from dicom_node.config import Matcher, Require, Route
@@ -128,11 +129,28 @@ def missing_requirements(
         missing.append(f"min_frames {require.min_frames} (the longest clip has {longest})")
     if require.min_instances is not None and len(instances) < require.min_instances:
         missing.append(f"min_instances {require.min_instances} (there are {len(instances)})")
-    if require.phases:  # told apart by the engine's own selection, which refuses by itself when one is missing
-        missing.append("phases " + ", ".join(require.phases) + " (not known from the headers)")
-    known = {name.casefold() for name in clinical}
-    missing += [f"clinical {name}" for name in require.clinical if name.casefold() not in known]
+    if require.phases:
+        missing += _missing_phases(require.phases, study, series)
+    missing += [f"clinical {name}" for name in missing_values(require, clinical)]
     return missing
+
+
+def missing_values(require: Require, clinical: Mapping[str, ClinicalInput]) -> list[str]:
+    """Clinical values that `require` names and nobody has said."""
+    known = {name.casefold() for name in clinical}
+    return [name for name in require.clinical if name.casefold() not in known]
+
+
+def _missing_phases(wanted: Iterable[str], study: Study, series: Collection[str]) -> list[str]:
+    """Contrast phases that the headers do not establish. What cannot be told apart counts as missing, and says why."""
+    from dicom_node.pixels import dynamic  # imported late: numpy, for the routes that ask for phases only
+
+    matched = tuple(s for s in study.series if not series or s.series_instance_uid in series)
+    found = dynamic.plan(replace(study, series=matched))
+    if isinstance(found, Refusal):
+        return [f"phases {', '.join(wanted)} ({found})"]
+    known = {name.casefold() for name in found.names}
+    return [f"phase {name}" for name in wanted if name.casefold() not in known]
 
 
 def check_routes(routes: Iterable[Route], file: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from dicom_node import packages
 from dicom_node.config import Config, Tls
 from dicom_node.pixels.decode import available_decoders
+from dicom_node.pixels.dynamic_model import ORDER
 from dicom_node.route import check_routes
 from dicom_node.service.sources import check_sources
 
@@ -22,7 +23,7 @@ Finding = tuple[str, str, str]
 def check(config: Config) -> tuple[dict[str, Any], int]:
     """The answer (docs/schemas/check) and the exit code: 0 = no warning and no error."""
     check_routes(config.routes, "config.yaml")
-    found = [*_store(config), *_decoders(), *_tls(config), *_engines(config), *_clinical(config)]
+    found = [*_store(config), *_decoders(), *_tls(config), *_engines(config), *_clinical(config), *_phases(config)]
     found += [*check_sources(config.clinical), *_unbuilt(config)]
     ok = not any(level in ("warning", "error") for level, _, _ in found)
     findings = [{"level": level, "about": about, "text": text} for level, about, text in found]
@@ -63,6 +64,7 @@ def _decoders() -> Iterator[Finding]:
 
 def _tls(config: Config) -> Iterator[Finding]:
     sections: dict[str, Tls | None] = {"receive.tls": config.receive.tls}
+    sections["query.tls"] = None if config.query is None else config.query.tls
     sections |= {f"deliver.destinations.{n}.tls": d.tls for n, d in config.deliver.destinations.items()}
     for name, section in sections.items():
         if section is None:
@@ -111,6 +113,14 @@ def _clinical(config: Config) -> Iterator[Finding]:
             yield "error", f"route {route.name}", f"no engine of the routes collects a clinical value {name}"
 
 
+def _phases(config: Config) -> Iterator[Finding]:
+    """A phase that no rule names is never found: such a route would never run."""
+    for route in config.routes:
+        for name in route.require.phases:
+            if name.casefold() not in ORDER:
+                yield "error", f"route {route.name}", f"require.phases: one of {', '.join(ORDER)}, not {name}"
+
+
 def _unbuilt(config: Config) -> Iterator[Finding]:
     """Keys that this version reads and does not yet act on: said loudly, never ignored in silence."""
     if config.infer.runtime not in ("auto", "onnx"):
@@ -118,7 +128,3 @@ def _unbuilt(config: Config) -> Iterator[Finding]:
     for name, destination in config.deliver.destinations.items():
         if destination.commitment:
             yield "error", f"destination {name}", "storage commitment is not in this version: commitment: false"
-    for route in config.routes:
-        if route.require.phases:
-            text = "require.phases cannot be met in this version: such a route never runs"
-            yield "error", f"route {route.name}", text

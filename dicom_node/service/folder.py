@@ -27,6 +27,7 @@ from dicom_node.log import Log
 from dicom_node.metrics import NullRecorder
 from dicom_node.packages import task_of, wanted_of
 from dicom_node.report.stage import ReportStage
+from dicom_node.route.complete import CompleteStage
 from dicom_node.route.stage import RouteStage
 from dicom_node.store import inspect, schema
 from dicom_node.store.files import Files
@@ -57,8 +58,17 @@ def infer_folder(config: Config, folder: Path, out: Path) -> tuple[dict[str, Any
 
 
 def _offline(config: Config, root: Path) -> Config:
-    """No destinations, no waiting, a root of its own."""
-    routes = tuple(r.model_copy(update={"deliver": (), "assemble": RouteAssemble()}) for r in config.routes)
+    """No destinations, no waiting (nothing more will come, so nothing is held), a root of its own."""
+    routes = tuple(
+        r.model_copy(
+            update={
+                "deliver": (),
+                "assemble": RouteAssemble(),
+                "if_incomplete": "give_up" if r.if_incomplete == "hold" else r.if_incomplete,
+            }
+        )
+        for r in config.routes
+    )
     return config.model_copy(
         update={
             "routes": routes,
@@ -95,9 +105,12 @@ class _Line:
         report = ReportStage(
             config, self.ledger, self.files, lambda name: task_of(config.engines.path, name), log, recorder
         )
-        route = RouteStage(config, self.ledger, self.files.path_of, clinical.known, log, recorder, asks=clinical.asks)
-        gather = ClinicalStage(config.clinical, self.ledger, self.files.path_of, clinical, log, recorder)
-        self.stages: list[Callable[[], bool]] = [route.run_once, gather.run_once, infer.run_once, report.run_once]
+        path_of = self.files.path_of
+        route = RouteStage(config, self.ledger, path_of, clinical.known, log, recorder, asks=clinical.asks)
+        gather = ClinicalStage(config.clinical, self.ledger, path_of, clinical, log, recorder)
+        complete = CompleteStage(config, self.ledger, path_of, clinical.known, None, log, recorder)
+        stages = (route, gather, complete, infer, report)
+        self.stages: list[Callable[[], bool]] = [stage.run_once for stage in stages]
 
     def take(self, folder: Path) -> list[dict[str, str]]:
         """Store every DICOM file below `folder`. What is not DICOM is named, not followed."""

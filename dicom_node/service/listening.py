@@ -117,8 +117,10 @@ class ListenerView:
         on_stored: Callable[[], None],
         on_metrics: Callable[[list[Any]], None],
         on_event: Callable[[Message], None],
+        on_available: Callable[[str, list[str]], None] = lambda _study, _instances: None,
     ) -> None:
         self._on_stored, self._on_metrics, self._on_event = on_stored, on_metrics, on_event
+        self._on_available = on_available
         self._open: frozenset[str] = frozenset()
         self._lock = threading.Lock()
         self.address: tuple[str, int] | None = None
@@ -158,6 +160,8 @@ class ListenerView:
             self._on_stored()
         elif kind == "stored":
             self._on_stored()
+        elif kind == "available":
+            self._on_available(str(message["study"]), [str(uid) for uid in message["instances"]])
         elif kind == "metrics":
             self._on_metrics(message["deltas"])
         elif kind == "event":

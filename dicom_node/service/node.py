@@ -1,7 +1,8 @@
 """The composition root: the only file that knows all stages. Processes, threads, ordered stop.
 
 listener (child)      files only; its own interpreter, so inference never holds it up
-stages (this process) index, assemble, route, infer's bookkeeping, report, deliver, retention; only writer of the ledger
+stages (this process) index, assemble, route, clinical, complete, infer's bookkeeping, report, deliver, retention; only
+                      writer of the ledger
 worker (child)        one a device; decodes pixels and runs engines; its death costs one attempt
 """
 
@@ -22,6 +23,7 @@ from dicom_node.clinical import ClinicalValues
 from dicom_node.clinical.stage import ClinicalStage
 from dicom_node.config import Config
 from dicom_node.deliver import DeliverStage
+from dicom_node.dimse.query import Finder
 from dicom_node.errors import WorkerError
 from dicom_node.infer import InferStage
 from dicom_node.log import make_log
@@ -29,6 +31,7 @@ from dicom_node.metrics import Health, Metrics, serve
 from dicom_node.packages import task_of, wanted_of
 from dicom_node.pixels.decode import available_decoders
 from dicom_node.report.stage import ReportStage
+from dicom_node.route.complete import CompleteStage
 from dicom_node.route.stage import RouteStage
 from dicom_node.service import models, upkeep
 from dicom_node.service.control import ControlServer, Message
@@ -37,7 +40,7 @@ from dicom_node.service.loops import StageLoop
 from dicom_node.service.notify import notify
 from dicom_node.service.orders import apply_command
 from dicom_node.service.trail import Trail
-from dicom_node.store import jobs
+from dicom_node.store import availability, jobs
 from dicom_node.store.files import Files, RootLock
 from dicom_node.store.index import IndexStage
 from dicom_node.store.ledger import Ledger, add_event
@@ -60,7 +63,7 @@ class Node:
         self._lock = lock
         self.metrics = Metrics()
         self.log = make_log(config.log, root).bind(process="stages")
-        self.view = ListenerView(self._stored, self.metrics.merge, self._listener_event)
+        self.view = ListenerView(self._stored, self.metrics.merge, self._listener_event, self._available)
         self._listener = None
         if listener is not None:
             self._listener = ListenerProcess(config_path, listener, self.view, self.log, self.metrics)
@@ -104,6 +107,10 @@ class Node:
         clinical = ClinicalValues(wanted_of(config.engines.path), config.clinical)
         routing = RouteStage(config, ledger, self._files.path_of, clinical.known, log, metrics, asks=clinical.asks)
         gathering = ClinicalStage(config.clinical, ledger, self._files.path_of, clinical, log, metrics)
+        pacs = None if config.query is None else Finder(config.query, config.receive.ae_title)
+        completing = CompleteStage(
+            config, ledger, self._files.path_of, clinical.known, pacs, log, metrics, asks=clinical.asks
+        )
         reporting = ReportStage(
             config, ledger, self._files, lambda name: task_of(config.engines.path, name), log, metrics
         )
@@ -113,6 +120,7 @@ class Node:
             StageLoop("assemble", self._assemble_once, log, metrics, seconds_to_next=self._assembling.seconds_to_next),
             StageLoop("route", routing.run_once, log, metrics),
             StageLoop("clinical", gathering.run_once, log, metrics),
+            StageLoop("complete", completing.run_once, log, metrics),
             StageLoop("report", reporting.run_once, log, metrics),
             StageLoop("upkeep", upkeeping.run_once, log, metrics, idle_seconds=upkeep.PERIOD),
         ]
@@ -138,6 +146,7 @@ class Node:
                 log,
                 metrics,
                 on_delivered=self._trail.object_sent,
+                query=config.query,
             )
             self._stages.append(delivering)
             loops.append(
@@ -260,6 +269,11 @@ class Node:
             add_event(tx, self.ledger.clock(), None, str(message["code"])[:48], str(message["text"])[:400])
         if message["code"] == "ASSOCIATION_REJECTED":
             self._trail.audit.association_rejected("", str(message.get("peer", "")), str(message["text"])[:400])
+
+    def _available(self, study_uid: str, sop_uids: list[str]) -> None:
+        with self.ledger.write() as tx:
+            availability.announce(tx, study_uid, sop_uids, self.ledger.clock())
+        self._stored()
 
     def _answer(self, message: Message) -> Message:
         if message.get("kind") == "explain":

@@ -46,6 +46,8 @@ def status_text(answer: Answer) -> str:
     lines.append("oldest undelivered object: " + ("none" if oldest is None else f"{oldest:.0f} s"))
     for d in answer["destinations"]:
         lines.append(f"destination {d['name']}: {d['pending']} pending, {d['delivered']} delivered, {d['dead']} dead")
+        if d["held"]:
+            lines.append(f"  HELD: {d['held']}; explain says of which identity")
         if d["paused"]:
             lines.append(f"  PAUSED: {d['reason']}")
     return "\n".join(lines)
@@ -76,13 +78,15 @@ def explain_text(answer: Answer) -> str:
     lines.append(f"revision {answer['revision']}, {answer['instances']} instances")
     for o in answer["outcomes"]:
         said = str(o["outcome"] or o["state"]) + (f" ({o['code']})" if o["code"] else "")
-        lines.append(f"outcome: {o['route'] or 'no route'}, revision {o['revision']}: {said}")
+        who = o["route"] or ("every route" if o["stage"] == "clinical" else "no route")
+        lines.append(f"outcome: {who}, revision {o['revision']}: {said}")
         if o["detail"]:
             lines.append(f"  {o['detail']}")
         lines += _clinical_lines(o["clinical"])
         if o["engine"] and o["package"]:
             lines.append(f"  engine {o['engine']}, package {o['package']}, digest {str(o['digest'])[:16]}…")
     lines += [_delivery_line(d) for d in answer["deliveries"]]
+    lines += [_withdrawal_line(w) for w in answer["withdrawals"]]
     lines.append("what happened")
     lines += [f"  {_clock(e['at'])}  {e['code']:<20} {e['text']}" for e in answer["events"]]
     if answer["evidence"]:
@@ -114,6 +118,11 @@ def _delivery_line(d: Answer) -> str:
     said = f"delivery to {d['destination']}: {d['state']}" + (f", status {d['status']}" if d["status"] else "")
     said += f", {d['attempts']} attempts, {d['sop_instance_uid']}"
     return said + (f": {d['reason']}" if d["reason"] else "")
+
+
+def _withdrawal_line(w: Answer) -> str:
+    said = "withdrawn from" if w["done"] else "WITHDRAW from"
+    return f"{said} {w['destination']}: {w['sop_instance_uid']}, its images are rejected ({w['code']} {w['reason']})"
 
 
 def _clock(at: float) -> str:

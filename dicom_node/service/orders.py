@@ -21,8 +21,10 @@ def apply_command(ledger: Ledger, message: Message) -> Message:
             return {"error": "unknown study"}
         if kind == "retry":
             revived, resent = jobs.retry(tx, uid, now), deliveries.retry(tx, uid, now)
+            checked = deliveries.release(tx, uid, now, accept=False)
             add_event(tx, now, uid, "RETRY_ORDERED", f"by an operator: {revived} jobs, {resent} deliveries")
-            return {"text": f"{revived} dead jobs and {resent} dead deliveries will be tried again"}
+            text = f"{revived} dead jobs and {resent} dead deliveries will be tried again"
+            return {"text": text + (f", {checked} held objects are checked again" if checked else "")}
         return {"text": _complete(tx, uid, now, accept_conflict=bool(message.get("accept_conflict")))}
 
 
@@ -40,6 +42,9 @@ def _complete(tx: sa.Connection, uid: str, now: float, *, accept_conflict: bool)
     released = jobs.release(tx, uid, now)
     if released:
         said.append(f"{released} held jobs go on")
+    sent = deliveries.release(tx, uid, now, accept=True)
+    if sent:
+        said.append(f"{sent} held objects are sent")
     if row["due_at"] is not None:
         said.append(f"revision {assemble.complete(tx, uid, now)} is assembled")
     text = ", ".join(said) or "nothing was waiting"

@@ -8,7 +8,7 @@ from dicom_node import __version__
 from dicom_node.config import Config
 from dicom_node.log import Log
 from dicom_node.metrics import Recorder
-from dicom_node.store import deliveries, inspect, jobs, studies
+from dicom_node.store import availability, deliveries, inspect, jobs, rejections, studies
 from dicom_node.store.files import Files
 from dicom_node.store.ledger import Ledger
 from dicom_node.store.schema import event
@@ -39,13 +39,16 @@ class Upkeep:
         with self._ledger.read() as tx:
             open_jobs, backlog, states = jobs.counts(tx), deliveries.backlog(tx), inspect.states(tx)
             dead, paused = deliveries.dead_counts(tx), deliveries.paused_names(tx)
+            held, held_objects, withdrawals = jobs.held(tx), deliveries.held_counts(tx), rejections.open_withdrawals(tx)
         self._recorder.set("dicom_node_build_info", 1, version=__version__)
         self._recorder.set("dicom_node_quarantine_files", self._files.count_quarantine())
         self._recorder.set("dicom_node_disk_free_bytes", self._files.free_bytes())
         self._recorder.set("dicom_node_disk_reserve_bytes", self._config.store.min_free_gb * 1e9)
         for state, count in states.items():
             self._recorder.set("dicom_node_studies", count, state=state)
-        for stage in ("route", "infer", "report"):
+        self._recorder.set("dicom_node_jobs_held", held)
+        self._recorder.set("dicom_node_withdrawals_open", withdrawals)
+        for stage in ("route", "clinical", "complete", "infer", "report"):
             waiting = sum(open_jobs.get((stage, state), 0) for state in ("READY", "RUNNING"))
             self._recorder.set("dicom_node_jobs_waiting", waiting, stage=stage)
             self._recorder.set("dicom_node_jobs_dead", open_jobs.get((stage, "DEAD"), 0), stage=stage)
@@ -54,6 +57,7 @@ class Upkeep:
             self._recorder.set("dicom_node_delivery_queue", count, destination=name)
             self._recorder.set("dicom_node_oldest_undelivered_seconds", max(0.0, now - oldest), destination=name)
             self._recorder.set("dicom_node_deliveries_dead", dead.get(name, 0), destination=name)
+            self._recorder.set("dicom_node_deliveries_held", held_objects.get(name, 0), destination=name)
             self._recorder.set("dicom_node_destination_paused", float(name in paused), destination=name)
 
     def _sweep(self) -> None:
@@ -80,6 +84,7 @@ class Upkeep:
             tx.execute(
                 sa.delete(event).where(event.c.study_uid.is_(None), event.c.at < now - EVENTS_KEPT_DAYS * SECONDS_A_DAY)
             )
+            availability.forget(tx, before)
             found = studies.expirable(tx, before, batch)
         for uid in found:
             with self._ledger.write() as tx:

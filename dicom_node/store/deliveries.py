@@ -11,7 +11,17 @@ import sqlalchemy as sa
 
 from dicom_node.store.jobs import AGEING_SECONDS
 from dicom_node.store.ledger import add_event
-from dicom_node.store.schema import DeliveryState, delivery, destination, output, study
+from dicom_node.store.rejections import list_withdrawal
+from dicom_node.store.schema import (
+    DeliveryState,
+    delivery,
+    destination,
+    identity,
+    instance,
+    output,
+    rejection,
+    study,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +156,7 @@ def next_at(tx: sa.Connection, to: str) -> float | None:
 
 def delivered(tx: sa.Connection, sent: Delivery, status: int, now: float, note: str = "") -> None:
     """The destination has it."""
+    withdrawn = _state(tx, sent) == DeliveryState.WITHDRAWN
     tx.execute(
         delivery.update()
         .where(delivery.c.id == sent.id)
@@ -158,6 +169,8 @@ def delivered(tx: sa.Connection, sent: Delivery, status: int, now: float, note: 
         "DELIVERED",
         f"{sent.sop_uid} to {sent.destination}: 0x{status:04X}" + (f" ({note})" if note else ""),
     )
+    if withdrawn:  # its images were rejected while it was on its way
+        list_withdrawal(tx, sent.study_uid, sent.sop_uid, sent.destination, _why_rejected(tx, sent.study_uid), now)
 
 
 def again(tx: sa.Connection, sent: Delivery, status: int | None, reason: str, at: float) -> None:
@@ -169,8 +182,20 @@ def again(tx: sa.Connection, sent: Delivery, status: int | None, reason: str, at
     )
 
 
+def _state(tx: sa.Connection, sent: Delivery) -> str:
+    return str(tx.execute(sa.select(delivery.c.state).where(delivery.c.id == sent.id)).scalar_one())
+
+
+def _why_rejected(tx: sa.Connection, study_uid: str) -> str:
+    named = sa.select(rejection.c.code).join(instance, instance.c.sop_uid == rejection.c.sop_uid)
+    newest = named.where(instance.c.study_uid == study_uid).order_by(rejection.c.id.desc()).limit(1)
+    return str(tx.execute(newest).scalar() or "")
+
+
 def dead(tx: sa.Connection, sent: Delivery, status: int | None, reason: str, now: float) -> None:
     """Not delivered and not tried again by itself."""
+    if _state(tx, sent) != DeliveryState.PENDING:
+        return  # withdrawn meanwhile: nobody needs to look
     tx.execute(
         delivery.update()
         .where(delivery.c.id == sent.id)
@@ -233,6 +258,85 @@ def retry(tx: sa.Connection, study_uid: str, now: float) -> int:
         .values(next_at=now)
     )
     return int(revived.rowcount)
+
+
+def hold(tx: sa.Connection, one: Delivery, digest: str, reason: str, now: float) -> int:
+    """Keep back what waits of this object's revision: it stands under another identity there. `reason`: no PHI."""
+    study_uid, to = one.study_uid, one.destination
+    revision = sa.select(output.c.revision).where(output.c.sop_uid == one.sop_uid).scalar_subquery()
+    same = sa.select(output.c.sop_uid).where(output.c.study_uid == study_uid, output.c.revision == revision)
+    held = tx.execute(
+        delivery.update()
+        .where(
+            delivery.c.study_uid == study_uid,
+            delivery.c.destination == to,
+            delivery.c.state == DeliveryState.PENDING,
+            delivery.c.sop_uid.in_(same),
+        )
+        .values(state=DeliveryState.HELD, reason=reason)
+    )
+    remember_identity(tx, study_uid, to, digest, "DIFFERS", now)
+    add_event(tx, now, study_uid, "DELIVERY_HELD", f"{held.rowcount} objects for {to}: {reason}")
+    return int(held.rowcount)
+
+
+def release(tx: sa.Connection, study_uid: str, now: float, *, accept: bool) -> int:
+    """Held objects go on: as they are by an operator's word (`accept`), or to be checked again."""
+    if accept:
+        tx.execute(
+            identity.update()
+            .where(identity.c.study_uid == study_uid, identity.c.state == "DIFFERS")
+            .values(state="ACCEPTED", at=now)
+        )
+    released = tx.execute(
+        delivery.update()
+        .where(delivery.c.study_uid == study_uid, delivery.c.state == DeliveryState.HELD)
+        .values(state=DeliveryState.PENDING, attempts=0, created_at=now, next_at=now, reason="")
+    )
+    return int(released.rowcount)
+
+
+def remember_identity(tx: sa.Connection, study_uid: str, to: str, digest: str, state: str, now: float) -> None:
+    """What the last check said: AGREED or DIFFERS."""
+    same = (identity.c.study_uid == study_uid, identity.c.destination == to, identity.c.digest == digest)
+    if tx.execute(identity.update().where(*same).values(state=state, at=now)).rowcount == 0:
+        values = {"study_uid": study_uid, "destination": to, "digest": digest, "state": state, "at": now}
+        tx.execute(identity.insert().values(**values))
+
+
+def identity_known(tx: sa.Connection, study_uid: str, to: str, digest: str, since: float) -> bool:
+    """True = an operator accepted this identity, or it agreed at `since` or later."""
+    row = tx.execute(
+        sa.select(identity.c.state, identity.c.at).where(
+            identity.c.study_uid == study_uid, identity.c.destination == to, identity.c.digest == digest
+        )
+    ).first()
+    return row is not None and (row.state == "ACCEPTED" or (row.state == "AGREED" and row.at >= since))
+
+
+def drop_held(tx: sa.Connection, study_uid: str, route: str, revision: int, now: float) -> None:
+    """A newer revision is reported: what an older one still holds back is never sent."""
+    older = sa.select(output.c.sop_uid).where(
+        output.c.study_uid == study_uid, output.c.route == route, output.c.revision < revision
+    )
+    dropped = tx.execute(
+        delivery.update()
+        .where(delivery.c.state == DeliveryState.HELD, delivery.c.sop_uid.in_(older))
+        .values(state=DeliveryState.WITHDRAWN, reason=f"revision {revision} took its place", done_at=now)
+    )
+    if dropped.rowcount:
+        text = f"{route}: {dropped.rowcount} held objects are never sent, revision {revision} took their place"
+        add_event(tx, now, study_uid, "DELIVERY_WITHDRAWN", text)
+
+
+def held_counts(tx: sa.Connection) -> dict[str, int]:
+    """Per destination: how many objects are held."""
+    rows = tx.execute(
+        sa.select(delivery.c.destination, sa.func.count())
+        .where(delivery.c.state == DeliveryState.HELD)
+        .group_by(delivery.c.destination)
+    ).all()
+    return {row[0]: row[1] for row in rows}
 
 
 def backlog(tx: sa.Connection) -> dict[str, tuple[int, float]]:

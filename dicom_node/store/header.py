@@ -47,6 +47,11 @@ def read_header(path: Path) -> Header:
         raise StoreError(f"a stored file cannot be read ({e.strerror})") from e
 
 
+def header_of(data: bytes, transfer_syntax_uid: str) -> Header:
+    """The same of a data set in memory, without a meta group. Raises CannotUnderstandError."""
+    return _Reader(data).read(0, len(data), encoding_of(transfer_syntax_uid))
+
+
 class _Level:
     """One data set or item under construction."""
 

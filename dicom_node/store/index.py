@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import sqlalchemy as sa
+
 from dicom_node.errors import CannotUnderstandError
 from dicom_node.log import Log
 from dicom_node.metrics import Recorder
-from dicom_node.store import studies
+from dicom_node.store import availability, rejections, studies
 from dicom_node.store.files import Files
 from dicom_node.store.ledger import Ledger, add_event
 from dicom_node.store.studies import Timing
@@ -82,6 +84,10 @@ class IndexStage:
                 priority = PRIORITY_STAT if instance.calling_ae_title in self._priority_ae else 0
                 what = studies.add_instance(tx, instance, own=own, priority=priority, timing=self._timing, now=now)
                 happened.append((path.stem, what))
+                if what in ("new", "changed"):
+                    self._rejects(tx, instance, now)
+            for uid in {instance.study_instance_uid for _, instance in parsed if instance is not None}:
+                availability.hurry(tx, uid, now)
         after(happened)
         for path, instance in parsed:
             if instance is None:
@@ -89,6 +95,16 @@ class IndexStage:
                 self._recorder.inc("dicom_node_quarantined_total")
             else:
                 self._recorder.observe("dicom_node_index_lag_seconds", max(0.0, now - instance.received_at))
+
+    def _rejects(self, tx: sa.Connection, instance: Instance, now: float) -> None:
+        """A rejection note takes effect in the transaction that indexes it."""
+        note = rejections.note_of(instance.header)
+        if note is None:
+            return
+        effect = rejections.apply(tx, note, instance.study_instance_uid, now)
+        for uid in effect.rerun:
+            studies.arm(tx, uid, now, self._timing.quiet_seconds)
+        self._recorder.inc("dicom_node_rejected_images_total", effect.images)
 
     def _parse(self, path: Path) -> Instance | None:
         try:

@@ -7,6 +7,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from dicom_node.store import rejections
+from dicom_node.store.jobs import HELD
 from dicom_node.store.schema import (
     DeliveryState,
     JobState,
@@ -28,10 +30,12 @@ def _state_expression() -> sa.Case[str]:
     def any_delivery(state: DeliveryState) -> sa.Exists:
         return sa.exists().where(delivery.c.study_uid == study.c.uid, delivery.c.state == state)
 
+    held_job = sa.exists().where(job.c.study_uid == study.c.uid, job.c.state != JobState.DONE, job.c.code == HELD)
     return sa.case(
         (study.c.hold.is_not(None), StudyState.HELD),
         (sa.or_(any_job(JobState.DEAD), any_delivery(DeliveryState.DEAD)), StudyState.DEAD),
         (study.c.due_at.is_not(None), StudyState.RECEIVING),
+        (sa.or_(held_job, any_delivery(DeliveryState.HELD)), StudyState.HELD),
         (any_job(JobState.READY, JobState.RUNNING), StudyState.PROCESSING),
         (any_delivery(DeliveryState.PENDING), StudyState.DELIVERING),
         (study.c.revision == 0, StudyState.IGNORED),
@@ -88,6 +92,7 @@ def explain(tx: sa.Connection, study_uid: str) -> dict[str, Any] | None:
         "instances": tx.execute(count).scalar_one(),
         "outcomes": _outcomes(tx, study_uid),
         "deliveries": _deliveries(tx, study_uid),
+        "withdrawals": rejections.withdrawals(tx, study_uid),
         "events": [
             {"at": r.at, "code": r.code, "text": r.text}
             for r in tx.execute(sa.select(event).where(event.c.study_uid == study_uid).order_by(event.c.id))
@@ -99,9 +104,7 @@ def explain(tx: sa.Connection, study_uid: str) -> dict[str, Any] | None:
 def _outcomes(tx: sa.Connection, study_uid: str) -> list[dict[str, Any]]:
     """One row for each answer: what each route concluded, and UNROUTED where none took the study."""
     rows = tx.execute(
-        sa.select(job)
-        .where(job.c.study_uid == study_uid, sa.or_(job.c.stage == Stage.INFER, job.c.outcome == "UNROUTED", _stuck()))
-        .order_by(job.c.revision, job.c.id)
+        sa.select(job).where(job.c.study_uid == study_uid, _answers()).order_by(job.c.revision, job.c.id)
     ).mappings()
     return [
         {
@@ -131,8 +134,13 @@ def _clinical(output: str) -> dict[str, Any] | None:
     return {"used": [{k: c[k] for k in keys} for c in said["clinical"]], "not_used": unused}
 
 
-def _stuck() -> sa.ColumnElement[bool]:
-    return job.c.state == JobState.DEAD
+def _answers() -> sa.ColumnElement[bool]:
+    """Inference, what ended or waits before it, and what is stuck."""
+    open_ = job.c.state != JobState.DONE
+    before = sa.and_(job.c.stage == Stage.COMPLETE, sa.or_(open_, job.c.outcome == "REFUSED"))
+    gathering = sa.and_(job.c.stage == Stage.CLINICAL, open_, job.c.code.is_not(None))
+    stuck = job.c.state == JobState.DEAD
+    return sa.or_(job.c.stage == Stage.INFER, job.c.outcome == "UNROUTED", before, gathering, stuck)
 
 
 def _deliveries(tx: sa.Connection, study_uid: str) -> list[dict[str, Any]]:

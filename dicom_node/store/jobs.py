@@ -19,8 +19,12 @@ AGEING_SECONDS = 300.0
 """A job that has waited so long counts one priority more, so that routine studies do not starve behind STAT ones."""
 MAX_SILENT = 5
 """Attempts after which a job that never answers is DEAD."""
-HELD = 1e12
-"""run_at of a job that waits for an operator (route option if_incomplete: hold), or for the clinical stage."""
+PARKED = 1e12
+"""run_at of a route job that waits for the clinical stage to gather values (`hand_over`), however long that takes."""
+HELD = "HELD_INCOMPLETE"
+"""Code of a complete job that waits for more instances, values or an operator (route option if_incomplete: hold)."""
+BEHIND = -1_000_000
+"""Priority of what is done for studies that were answered for the time being: after everything that waits anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,36 +185,69 @@ def fail(
     return state
 
 
-def postpone(tx: sa.Connection, claimed: Job, until: float, payload: dict[str, Any]) -> bool:
-    """Put a claimed job back for later; no attempt is lost. False = the fence moved on."""
-    values = {"state": JobState.READY, "lease": None, "run_at": until, "payload": _dumps(payload)}
-    done = tx.execute(job.update().where(_mine(claimed)).values(**values, attempts=job.c.attempts - 1))
+def wait(
+    tx: sa.Connection, claimed: Job, *, until: float, payload: dict[str, Any], code: str = "", detail: str = ""
+) -> bool:
+    """Not now: READY again at `until`, no attempt lost. `code` and `detail` stand in `explain` meanwhile."""
+    done = tx.execute(
+        job.update()
+        .where(_mine(claimed))
+        .values(
+            state=JobState.READY,
+            lease=None,
+            run_at=until,
+            attempts=0,
+            payload=_dumps(payload),
+            code=code or None,
+            detail=detail,
+        )
+    )
     return bool(done.rowcount == 1)
 
 
-def _parked(asking: Job) -> sa.ColumnElement[bool]:
-    return sa.and_(
-        job.c.study_uid == asking.study_uid,
-        job.c.revision == asking.revision,
-        job.c.stage == Stage.ROUTE,
-        job.c.state == JobState.READY,
-        job.c.run_at >= HELD,
-    )
+def _waits_for(asking: Job) -> sa.ColumnElement[bool]:
+    """The job that a job of the clinical stage gathers for: the study's parked route job, or its route's held one."""
+    of_it = (job.c.study_uid == asking.study_uid, job.c.revision == asking.revision)
+    if asking.route:
+        open_ = job.c.state.in_([JobState.READY, JobState.RUNNING])
+        return sa.and_(*of_it, job.c.stage == Stage.COMPLETE, job.c.route == asking.route, job.c.code == HELD, open_)
+    return sa.and_(*of_it, _parked())
 
 
-def is_parked(tx: sa.Connection, asking: Job) -> bool:
-    """True while the study's route job waits for this one."""
-    return tx.execute(sa.select(job.c.id).where(_parked(asking))).first() is not None
+def _parked() -> sa.ColumnElement[bool]:
+    return sa.and_(job.c.stage == Stage.ROUTE, job.c.state == JobState.READY, job.c.run_at >= PARKED)
 
 
-def unpark(tx: sa.Connection, asking: Job, more: dict[str, Any], now: float) -> bool:
-    """Let the route job go on, with `more` in its payload. False = it does not wait."""
-    row = tx.execute(sa.select(job.c.id, job.c.payload).where(_parked(asking))).first()
+def is_waited_for(tx: sa.Connection, asking: Job) -> bool:
+    """False once an operator, the time limit or a newer revision let the study go on without."""
+    return tx.execute(sa.select(job.c.id).where(_waits_for(asking))).first() is not None
+
+
+def hand_over(tx: sa.Connection, asking: Job, more: dict[str, Any], now: float | None) -> bool:
+    """Write `more` into the job that waits; it goes on at `now`, None = it waits on. False = nothing waits."""
+    row = tx.execute(sa.select(job.c.id, job.c.payload).where(_waits_for(asking))).first()
     if row is None:
         return False
-    payload = json.loads(row.payload) | more
-    tx.execute(job.update().where(job.c.id == row.id).values(run_at=now, payload=_dumps(payload)))
+    values: dict[str, Any] = {"payload": _dumps(json.loads(row.payload) | more)}
+    if now is not None:  # a held job that is looked at just now is fenced out: its look came too early
+        values |= {"state": JobState.READY, "run_at": now, "lease": None, "fence": job.c.fence + 1}
+    tx.execute(job.update().where(job.c.id == row.id).values(**values))
     return True
+
+
+def stop_looking(tx: sa.Connection, study_uid: str, revision: int, route: str, now: float) -> None:
+    """A route that was held goes on or ended: nobody is asked for its values any more."""
+    tx.execute(
+        job.update()
+        .where(
+            job.c.study_uid == study_uid,
+            job.c.revision == revision,
+            job.c.stage == Stage.CLINICAL,
+            job.c.route == route,
+            job.c.state != JobState.DONE,
+        )
+        .values(state=JobState.DONE, outcome=Outcome.GATHERED, fence=job.c.fence + 1, lease=None, done_at=now)
+    )
 
 
 def supersede(tx: sa.Connection, study_uid: str, before_revision: int, now: float) -> int:
@@ -250,16 +287,24 @@ def retry(tx: sa.Connection, study_uid: str, now: float) -> int:
 
 
 def release(tx: sa.Connection, study_uid: str, now: float) -> int:
-    """An operator's word that a held study is complete as it is."""
+    """An operator's word that a study is complete as it is: what waits for more of it, or for a value, goes on."""
+    open_ = sa.and_(job.c.stage == Stage.COMPLETE, job.c.state.in_([JobState.READY, JobState.RUNNING]))
     rows = tx.execute(
-        sa.select(job.c.id, job.c.payload).where(
-            job.c.study_uid == study_uid, job.c.state == JobState.READY, job.c.run_at >= HELD
-        )
+        sa.select(job.c.id, job.c.payload).where(job.c.study_uid == study_uid, sa.or_(open_, _parked()))
     ).all()
     for row in rows:
         payload = json.loads(row.payload) | {"incomplete_accepted": True}
-        tx.execute(job.update().where(job.c.id == row.id).values(run_at=now, payload=_dumps(payload)))
+        values = {"state": JobState.READY, "run_at": now, "payload": _dumps(payload), "code": None, "detail": ""}
+        # A turn that is asking the PACS just now is fenced out: the operator's word comes after it.
+        tx.execute(job.update().where(job.c.id == row.id).values(**values, lease=None, fence=job.c.fence + 1))
     return len(rows)
+
+
+def held(tx: sa.Connection, study_uid: str | None = None) -> int:
+    """How many routes wait for more instances or an operator, of one study or of all."""
+    of = [] if study_uid is None else [job.c.study_uid == study_uid]
+    query = sa.select(sa.func.count()).where(job.c.state != JobState.DONE, job.c.code == HELD, *of)
+    return int(tx.execute(query).scalar_one())
 
 
 def last_answer(tx: sa.Connection, study_uid: str, route: str, before_revision: int) -> str | None:

@@ -35,6 +35,7 @@ class Stage(enum.StrEnum):
     """The stages that work on jobs."""
 
     ROUTE = "route"
+    COMPLETE = "complete"
     INFER = "infer"
     REPORT = "report"
     CLINICAL = "clinical"
@@ -45,6 +46,8 @@ class DeliveryState(enum.StrEnum):
 
     PENDING = "PENDING"  #: will be sent when its time comes, or when the destination is no longer paused
     DELIVERED = "DELIVERED"  #: the destination answered success, a warning, or "duplicate"
+    HELD = "HELD"  #: kept back: the PACS knows another patient or order (`dicom-node complete`, or `retry`)
+    WITHDRAWN = "WITHDRAWN"  #: never sent: its images were rejected, or a corrected revision took its place
     DEAD = "DEAD"  #: refused for good or given up; a person must look (`dicom-node retry`)
 
 
@@ -52,7 +55,7 @@ class StudyState(enum.StrEnum):
     """Where a study stands, as `explain` and `status` print it; derived from its rows, never stored."""
 
     RECEIVING = "RECEIVING"  #: instances may still come
-    HELD = "HELD"  #: stopped until instances agree or an operator decides
+    HELD = "HELD"  #: something waits for more instances or for an operator (`dicom-node complete`)
     PROCESSING = "PROCESSING"  #: jobs are waiting or running
     DELIVERING = "DELIVERING"  #: objects are on their way
     DONE = "DONE"  #: nothing is left to do
@@ -190,4 +193,48 @@ event = sa.Table(
     sa.Column("code", sa.String(48), nullable=False),
     sa.Column("text", sa.Text, nullable=False),
     sa.Index("ix_event_study", "study_uid"),
+)
+
+rejection = sa.Table(
+    "rejection",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("sop_uid", sa.String(64), nullable=False),  # the instance that shall not be used; perhaps not received
+    sa.Column("note_uid", sa.String(64), nullable=False),  # the Key Object Selection document that says so
+    sa.Column("code", sa.String(16), nullable=False),  # its title, CID 7011
+    sa.Column("at", sa.Float, nullable=False),
+    sa.UniqueConstraint("sop_uid", "note_uid"),
+    sa.Index("ix_rejection_note", "note_uid"),
+)
+
+withdrawal = sa.Table(
+    "withdrawal",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("study_uid", sa.String(64), nullable=False),
+    sa.Column("sop_uid", sa.String(64), nullable=False),  # one of our objects that a destination holds
+    sa.Column("destination", sa.String(32), nullable=False),
+    sa.Column("code", sa.String(16), nullable=False),  # title of the note that rejected its images
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("done_at", sa.Float),  # a note rejected our object too
+    sa.UniqueConstraint("sop_uid", "destination"),
+    sa.Index("ix_withdrawal_study", "study_uid"),
+)
+
+identity = sa.Table(
+    "identity",
+    metadata,
+    sa.Column("study_uid", sa.String(64), primary_key=True),
+    sa.Column("destination", sa.String(32), primary_key=True),
+    sa.Column("digest", sa.String(64), primary_key=True),  # of Patient ID and Accession Number: compared, never shown
+    sa.Column("state", sa.String(10), nullable=False),  # AGREED | DIFFERS | ACCEPTED (by an operator)
+    sa.Column("at", sa.Float, nullable=False),
+)
+
+availability = sa.Table(
+    "availability",
+    metadata,
+    sa.Column("study_uid", sa.String(64), primary_key=True),
+    sa.Column("sop_uids", sa.Text, nullable=False),  # JSON: what the last notification said is to be had
+    sa.Column("at", sa.Float, nullable=False),
 )

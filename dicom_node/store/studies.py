@@ -12,7 +12,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from dicom_node.store import jobs
 from dicom_node.store.ledger import add_event
+from dicom_node.store.rejections import is_rejected
 from dicom_node.store.schema import DeliveryState, JobState, delivery, event, instance, job, output, study
 from dicom_node.study import Header, Instance, Study
 
@@ -131,6 +133,10 @@ def _touch_study(tx: sa.Connection, new: Instance, *, own: bool, priority: int, 
 
 def _may_rerun(tx: sa.Connection, uid: str, revision: int, timing: Timing, now: float) -> bool:
     """A late instance: does it arm the timer again? Only revisions that an engine really ran on are counted."""
+    if jobs.held(tx, uid):
+        text = "an instance came for a study that was held as incomplete; it is assembled again"
+        add_event(tx, now, uid, "LATE_INSTANCE", text)
+        return True
     if timing.late == "ignore":
         add_event(
             tx, now, uid, "LATE_IGNORED", "an instance came after the study was complete; assemble.late is ignore"
@@ -171,6 +177,15 @@ def _check_patient(tx: sa.Connection, uid: str, now: float) -> None:
     elif patients <= 1 and row.hold == "PATIENT_CONFLICT":
         tx.execute(study.update().where(study.c.uid == uid).values(hold=None))
         add_event(tx, now, uid, "PATIENT_AGREED", "the instances agree on the patient again")
+
+
+def arm(tx: sa.Connection, uid: str, now: float, quiet_seconds: float) -> None:
+    """Assemble the study again though nothing of it came (its images were rejected)."""
+    tx.execute(
+        study.update()
+        .where(study.c.uid == uid, study.c.due_at.is_(None))
+        .values(armed_at=now, due_at=now + quiet_seconds)
+    )
 
 
 def due_studies(tx: sa.Connection, now: float, limit: int = 100) -> list[DueStudy]:
@@ -216,13 +231,14 @@ def next_due(tx: sa.Connection) -> float | None:
     return value
 
 
-def load_study(tx: sa.Connection, uid: str, revision: int, path_of: Callable[[str], Path]) -> Study:
-    """The study as it stands now: newest content of each SOP Instance, our own objects left out."""
-    rows = (
-        tx.execute(sa.select(instance).where(instance.c.study_uid == uid, instance.c.current, ~instance.c.own))
-        .mappings()
-        .all()
-    )
+def load_study(
+    tx: sa.Connection, uid: str, revision: int, path_of: Callable[[str], Path], *, with_rejected: bool = False
+) -> Study:
+    """The study as it stands now: newest content of each SOP Instance, our own objects and rejected ones left out."""
+    query = sa.select(instance).where(instance.c.study_uid == uid, instance.c.current, ~instance.c.own)
+    if not with_rejected:
+        query = query.where(~is_rejected())
+    rows = tx.execute(query).mappings().all()
     return Study.from_instances(uid, revision, (_instance(row, path_of) for row in rows))
 
 
@@ -261,8 +277,9 @@ def known_ids(tx: sa.Connection) -> set[str]:
 
 def expirable(tx: sa.Connection, before: float, limit: int = 50) -> list[str]:
     """Studies without a timer, an open or dead job or delivery, last touched before `before`, files still kept."""
+    over = (DeliveryState.DELIVERED, DeliveryState.WITHDRAWN)
     busy_job = sa.exists().where(job.c.study_uid == study.c.uid, job.c.state != JobState.DONE)
-    busy_delivery = sa.exists().where(delivery.c.study_uid == study.c.uid, delivery.c.state != DeliveryState.DELIVERED)
+    busy_delivery = sa.exists().where(delivery.c.study_uid == study.c.uid, delivery.c.state.not_in(over))
     recent = sa.exists().where(event.c.study_uid == study.c.uid, event.c.at >= before)
     return list(
         tx.execute(

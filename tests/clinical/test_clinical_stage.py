@@ -16,6 +16,7 @@ from dicom_node.errors import ClinicalSourceError
 from dicom_node.log import Log
 from dicom_node.metrics import Metrics
 from dicom_node.packages import ClinicalEntry
+from dicom_node.route.complete import CompleteStage
 from dicom_node.route.stage import RouteStage
 from dicom_node.service.orders import apply_command
 from dicom_node.store import inspect, jobs, studies
@@ -33,7 +34,7 @@ BROKEN = ClinicalSourceError(ClinicalCode.CLINICAL_SOURCE_INVALID, "a login page
 
 
 class Room:
-    """Route and clinical stage on one ledger; `fhir` is what the source does."""
+    """Route, clinical and complete stage on one ledger; `answer` is what the source does."""
 
     def __init__(
         self, root: Path, clock: Any, make_instance: Any, wanted: Any = (FSH,), wait: float = 600, **route: Any
@@ -53,6 +54,9 @@ class Room:
         self.gather = ClinicalStage(
             section, self.ledger, path_of, clinical, Log.null(), self.metrics, sources=[("FHIR", self._ask)]
         )
+        self.complete = CompleteStage(
+            settings, self.ledger, path_of, clinical.known, None, Log.null(), self.metrics, asks=clinical.asks
+        )
         self.clinical = clinical
 
     def _ask(self, subject: Any, codes: Any, days: float) -> Gathered:
@@ -71,7 +75,7 @@ class Room:
             assemble.complete(tx, uid, self.clock())
 
     def work(self) -> None:
-        while self.route.run_once() or self.gather.run_once():
+        while self.route.run_once() or self.gather.run_once() or self.complete.run_once():
             pass
 
     def infer_job(self, uid: str = "1.2.3") -> Any:

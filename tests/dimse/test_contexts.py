@@ -31,6 +31,6 @@ def test_nothing_that_inflates_or_that_nobody_here_decodes_is_offered():
 
 
 def test_an_operators_class_is_added_once_and_never_routed():
-    extra = accepted(["1.2.3", SOP_CLASSES[1].uid])
+    extra = accepted(["1.2.3", SOP_CLASSES[1].uid], availability=True)
     assert len(extra) == len(SOP_CLASSES) + 1
     assert (extra[-1].uid, extra[-1].use) == ("1.2.3", "stored")

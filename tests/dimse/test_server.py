@@ -44,7 +44,7 @@ def test_an_echo_is_answered(tmp_path):
 
 def test_every_class_is_accepted_with_each_of_its_syntaxes_and_no_other(tmp_path):
     others = [DEFLATED, "1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.4.94", "1.2.840.113619.5.2"]
-    with listening(tmp_path) as node:
+    with listening(tmp_path, availability=True) as node:
         for sop_class in SOP_CLASSES:
             proposed = [*(t.uid for t in TRANSFER_SYNTAXES), *others]
             contexts = [(2 * i + 1, sop_class.uid, (uid,)) for i, uid in enumerate(proposed)]

@@ -26,7 +26,7 @@ def make_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
         settings["deliver"]["retry"] = {"first_seconds": 0.5, "max_seconds": 2, "give_up_hours": 72}
         for name, section in sections.items():
             if isinstance(section, dict):
-                settings[name] = settings[name] | section
+                settings[name] = (settings[name] or {}) | section
             else:
                 settings[name] = section
         where = tmp_path / folder

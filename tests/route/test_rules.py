@@ -200,7 +200,7 @@ def test_missing_requirements(make_study: Build) -> None:
     assert missing_requirements(require, study, fsh()) == [
         "min_frames 16 (the longest clip has 12)",
         "min_instances 4 (there are 3)",
-        "phases arterial (not known from the headers)",
+        "phases arterial (NO_SUITABLE_IMAGE(no axial T1-weighted gradient echo series))",
         "clinical EDV",
     ]
     met = Require(min_frames=12, min_instances=2, phases=(), clinical=("fsh",))
