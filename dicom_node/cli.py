@@ -46,6 +46,20 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", parents=[common, printing], help="what happened to a study and why")
     explain.add_argument("study", nargs="?", metavar="STUDY_UID")
     explain.add_argument("--file", nargs="+", type=Path, metavar="PATH", help="how the routes would judge these files")
+    explain.add_argument("--called-ae", default="", metavar="AE", help="with --file: as if sent to this AE title")
+    explain.add_argument("--calling-ae", default="", metavar="AE", help="with --file: as if sent by this AE title")
+
+    replay = commands.add_parser(
+        "replay", parents=[common, printing], help="judge stored studies by changed rules; prints differences only"
+    )
+    replay.add_argument("--since", default="7d", metavar="TIME", help="how far back: 30m, 12h, 7d, 2w; default: 7d")
+    replay.add_argument(
+        "--with",
+        dest="new",
+        type=Path,
+        metavar="NEW.yaml",
+        help="the new rules; default: --config against what was decided",
+    )
 
     retry = commands.add_parser(
         "retry", parents=[common], help="give DEAD jobs and deliveries of a study a second chance"
@@ -115,6 +129,9 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "explain" and bool(args.study) == bool(args.file):
         print("dicom-node explain: either STUDY_UID or --file PATH…", file=sys.stderr)
         return 2
+    if args.command == "replay" and (wrong := _wrong_since(args.since)):
+        print(f"dicom-node replay: --since: {wrong}", file=sys.stderr)
+        return 2
     config = configuration.load(args.config)
     if args.command == "run":
         if args.only == "listen":
@@ -125,6 +142,16 @@ def _dispatch(args: argparse.Namespace) -> int:
 
         return start.run(config, args.config, only=args.only)
     return _operate(args, config)
+
+
+def _wrong_since(text: str) -> str:
+    from dicom_node.service.replay import seconds_of
+
+    try:
+        seconds_of(text)
+    except ValueError as e:
+        return str(e)
+    return ""
 
 
 def _operate(args: argparse.Namespace, config: Any) -> int:
@@ -139,7 +166,12 @@ def _operate(args: argparse.Namespace, config: Any) -> int:
     if args.command == "status":
         return _show(args, operate.status(config), operate.status_text)
     if args.command == "explain" and args.file:
-        return _show(args, operate.explain_files(config, args.file), operate.explain_files_text)
+        answer, code = operate.explain_files(config, args.config, args.file, args.calling_ae, args.called_ae)
+        return _show(args, answer, operate.explain_files_text, code)
+    if args.command == "replay":
+        from dicom_node.service import replay
+
+        return _show(args, replay.replay(config, args.config, args.since, args.new), replay.replay_text)
     if args.command == "explain":
         return _show(args, operate.explain(config, args.study), operate.explain_text)
     if args.command in ("retry", "complete"):

@@ -74,12 +74,20 @@ class Receive(_Section):
         return self
 
 
+FallbackCharset: TypeAlias = Literal[
+    "GB18030", "ISO_IR 13", "ISO_IR 100", "ISO_IR 101", "ISO_IR 109", "ISO_IR 110", "ISO_IR 126", "ISO_IR 127",
+    "ISO_IR 138", "ISO_IR 144", "ISO_IR 148", "ISO_IR 166", "ISO_IR 203", "ISO 2022 IR 149",
+]  # fmt: skip
+
+
 class Store(_Section):
     root: Path = Path("var")
     ledger: str | None = None
     """SQLAlchemy URL; null = SQLite in the root."""
     min_free_gb: float = Field(2, ge=0)
     keep_days: float = Field(7, gt=0)
+    fallback_charset: FallbackCharset | None = None
+    """For text without a Specific Character Set (0008,0005), or in another than it declares; null = UTF-8, Latin-1."""
 
 
 class Assemble(_Section):

@@ -362,7 +362,7 @@ class Listener:
         # What it has to say of a peer we count and report ourselves, bounded; its errors come once for each bad packet.
         logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
         try:
-            files = Files(self._store.root)
+            files = Files(self._store.root, self._store.fallback_charset or "")
             swept = files.sweep_parts()
             receiver = StorageReceiver(self._config, files, self._make_room(files), self._link, self._log, self._deltas)
             self._server = Server(self._config, receiver, self._tls())

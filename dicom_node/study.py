@@ -22,6 +22,8 @@ class Header(Mapping[str, "Value"]):
     """
 
     values_: Mapping[str, Value]
+    text_guessed: bool = False
+    """Some text is not in the character set that the object declares; not kept by the ledger."""
 
     def __getitem__(self, keyword: str) -> Value:
         return self.values_[keyword]

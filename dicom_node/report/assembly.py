@@ -33,7 +33,7 @@ def _as_report_error() -> Iterator[None]:
 def build(result: Result, sources: Mapping[str, Instance], context: ReportContext) -> tuple[BuiltObject, ...]:
     """Every object that some variant wants of this result, SR first."""
     instances = _needed(result.source_instances, sources)
-    headers = {i.sop_instance_uid: read_source(i.path) for i in instances}
+    headers = {i.sop_instance_uid: read_source(i.path, context.fallback_charset) for i in instances}
     content = {"result": result.to_json() | {"seconds": 0}}
     keys = uids.Uids.of(context, uids.content_digest(content, instances, context))
     built: list[BuiltObject] = []
@@ -70,7 +70,7 @@ def build_not_assessable(
     instances = list(sources.values())
     if not instances:
         raise ReportError("a report needs at least one source instance: it says whose patient and study it is")
-    headers = [read_source(i.path) for i in instances]
+    headers = [read_source(i.path, context.fallback_charset) for i in instances]
     content = {"refusal": [refusal.code, task.task, provenance.package_digest if provenance else ""]}
     keys = uids.Uids.of(context, uids.content_digest(content, instances, context))
     built = []
@@ -110,4 +110,5 @@ def _finish(kind: ObjectKind, made: Dataset, variant: Variant) -> BuiltObject:
         series_instance_uid=str(made.SeriesInstanceUID),
         transfer_syntax_uid=str(made.file_meta.TransferSyntaxUID),
         data=data,
+        fits=str(made.SpecificCharacterSet) == variant.charset,
     )

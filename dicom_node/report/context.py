@@ -77,6 +77,8 @@ class ReportContext:
     """Folder of the arrays that `Heatmap` names."""
     variants: tuple[Variant, ...] = (Variant(),)
     predecessors: tuple[Predecessor, ...] = ()
+    fallback_charset: str = ""
+    """For text of the sources that is not in the character set they declare (`store.fallback_charset`)."""
     regions: Mapping[str, Region] = field(default_factory=dict)
     """Tracking identifier to region. Where every finding has one, the SR's groups are TID 1410, else TID 1501."""
 
@@ -99,3 +101,5 @@ class BuiltObject:
     transfer_syntax_uid: str
     data: bytes
     """The Part 10 file."""
+    fits: bool = True
+    """False: some text is not in the character set that was asked for, so the object is in UTF-8."""

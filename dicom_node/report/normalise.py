@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from pydicom import config, dcmread
-from pydicom.datadict import dictionary_VR, tag_for_keyword
-from pydicom.dataelem import DataElement
+from pydicom.datadict import dictionary_keyword, dictionary_VR, tag_for_keyword
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.multival import MultiValue
@@ -28,6 +28,7 @@ from pydicom.sequence import Sequence
 from pydicom.valuerep import validate_value
 
 from dicom_node.errors import StoreError
+from dicom_node.store.charset import Charset, charset_of
 
 PATIENT: Final = (  # PS3.3 C.7.1.1, C.7.1.3
     "PatientName", "PatientID", "IssuerOfPatientID", "TypeOfPatientID", "IssuerOfPatientIDQualifiersSequence",
@@ -71,6 +72,7 @@ _TEXT = frozenset({"SH", "LO", "UC", "PN"})
 _LONG_TEXT = frozenset({"ST", "LT", "UT"})
 _AS_IT_IS = frozenset({"PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"})
 _VR = frozenset({"AS", "CS", "DA", "DS", "DT", "FD", "FL", "IS", "SL", "SS", "TM", "UI", "UL", "US"})
+_SPECIFIC_CHARACTER_SET = 0x00080005
 _METHOD_CODES = "DeidentificationMethodCodeSequence"
 _DEPTH = 4
 _UNREADABLE = (ValueError, TypeError, NotImplementedError, KeyError, OverflowError, BytesLengthException, struct.error)
@@ -81,21 +83,25 @@ _CONTROL = re.compile("[\x00-\x1f\x7f]")
 _CONTROL_LONG = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f]")  # PS3.5 6.1.3 allows TAB, LF, FF and CR in long text
 
 
-def read_source(path: Path) -> Dataset:
-    """Read and normalise the header of a stored file. Raises StoreError."""
+def read_source(path: Path, fallback_charset: str = "") -> Dataset:
+    """Read and normalise the header of a stored file. Raises StoreError.
+
+    `fallback_charset`: for text that is not in the character set the file declares, as in `store.header`.
+    """
     try:
         dataset = dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
     except (OSError, InvalidDicomError, EOFError, *_UNREADABLE) as e:
         raise StoreError(f"the header of a source instance cannot be read ({type(e).__name__})") from None
-    return normalise(dataset)
+    return normalise(dataset, fallback_charset)
 
 
-def normalise(dataset: Dataset) -> Dataset:
+def normalise(dataset: Dataset, fallback_charset: str = "") -> Dataset:
     """The clean copy; `dataset` is not changed."""
     clean = Dataset()
+    charset = _charset(dataset, charset_of((), fallback_charset))
     for tag in TAGS:
         if tag in dataset:
-            _copy(dataset, tag, clean, 0)
+            _copy(dataset, tag, clean, 0, charset)
     if clean.get("PatientSex") not in ("M", "F", "O"):
         clean.PatientSex = ""
     if "OtherPatientIDs" in clean and "OtherPatientIDsSequence" not in clean:
@@ -116,12 +122,50 @@ def clean_text(text: str, *, long: bool = False) -> str:
     return (_CONTROL_LONG if long else _CONTROL).sub("", text).strip(" ")
 
 
-def _copy(dataset: Dataset, tag: Any, clean: Dataset, depth: int) -> None:
+def _charset(dataset: Dataset, inherited: Charset) -> Charset:
+    """Of a data set or an item: its own Specific Character Set, else that of what holds it (PS3.5 6.1.2.5)."""
+    if _SPECIFIC_CHARACTER_SET not in dataset:
+        return inherited
+    element = dataset.get_item(_SPECIFIC_CHARACTER_SET)
+    value = element.value if element is not None else None
+    if isinstance(value, bytes):
+        names = value.decode("ascii", "replace").split("\\")
+    else:
+        names = [value] if isinstance(value, str) else [str(v) for v in value or ()]
+    return charset_of(names, inherited.fallback_name)
+
+
+def _text_of(dataset: Dataset, tag: Any, charset: Charset) -> Any:
+    """Localised text as read from the file, decoded by the one reader of text; None = not such a value.
+
+    pydicom would keep the escapes of ISO 2022 IR 58, and refuse or garble what is not in the declared set.
+    """
+    raw = dataset.get_item(tag)
+    if not isinstance(raw, RawDataElement) or not isinstance(raw.value, bytes):
+        return None
+    vr = dictionary_VR(raw.tag)
+    if vr not in _TEXT | _LONG_TEXT:
+        return None
+    text = charset.decode(raw.value).rstrip(" \0")
+    return text if vr in _LONG_TEXT or "\\" not in text else text.split("\\")
+
+
+def _copy(dataset: Dataset, tag: Any, clean: Dataset, depth: int, charset: Charset) -> None:
     try:
+        text = _text_of(dataset, tag, charset)
+        if text is not None:
+            vr, keyword = dictionary_VR(tag), dictionary_keyword(tag)
+            if (value := _values(vr, keyword, text)) is not None:
+                clean.add(DataElement(tag, vr, value, validation_mode=config.IGNORE))
+            return
         element = dataset[tag]
         vr = dictionary_VR(element.tag)
         if vr == "SQ":
-            items = [] if element.VR != "SQ" or depth >= _DEPTH else _items(element.value, element.keyword, depth + 1)
+            items = (
+                []
+                if element.VR != "SQ" or depth >= _DEPTH
+                else _items(element.value, element.keyword, depth + 1, charset)
+            )
             if items:
                 clean.add(DataElement(element.tag, "SQ", Sequence(items)))
             return
@@ -143,14 +187,14 @@ def _other_ids(values: Any) -> list[Dataset]:
     return items
 
 
-def _items(items: Any, keyword: str, depth: int) -> list[Dataset]:
+def _items(items: Any, keyword: str, depth: int, inherited: Charset) -> list[Dataset]:
     """The items with their public attributes; an item that lacks what makes it one is left out."""
     out = []
     for item in items:
-        clean = Dataset()
+        clean, charset = Dataset(), _charset(item, inherited)
         for tag in item.keys():  # noqa: SIM118  iterating a Dataset converts every element
             if not tag.is_private:
-                _copy(item, tag, clean, depth)
+                _copy(item, tag, clean, depth, charset)
         if len(clean) and (not keyword.endswith("CodeSequence") or _is_code(clean)):
             out.append(clean)
     return out

@@ -83,6 +83,7 @@ class ReportStage:
             created=datetime.fromtimestamp(float(job.payload["created_at"]), UTC),
             study_instance_uid=job.study_uid,
             spool=self._files.spool,
+            fallback_charset=self._files.fallback_charset,
             variants=tuple(dict.fromkeys(map(Variant.of, wanted))) or (Variant(),),
             predecessors=tuple(Predecessor(o.sop_class_uid, o.sop_uid, o.series_uid, o.variant) for o in earlier),
         )
@@ -132,6 +133,9 @@ class ReportStage:
                             tx, to=name, sop_uid=output.sop_uid, study_uid=job.study_uid, priority=job.priority, now=now
                         )
             deliveries.drop_held(tx, job.study_uid, job.route, job.revision, now)
+            if unfit := sorted({made.variant for made in built if not made.fits}):
+                text = f"text does not fit the character set asked for; written as ISO_IR 192: {', '.join(unfit)}"
+                add_event(tx, now, job.study_uid, "CHARSET_UTF8", f"{job.route}: {text}")
             kinds = ", ".join(f"{made.kind} ({made.variant})" for made in built)
             add_event(tx, now, job.study_uid, "REPORTED", f"{job.route}: {kinds}")
         self._recorder.inc("dicom_node_jobs_total", stage="report", outcome="BUILT", route=job.route)

@@ -5,18 +5,21 @@
     body_part.py   the evidence table      contrast.py  with contrast or not      terms.py  their words and codes
     facts.py       what is read of a study      text.py  normalisation and bounded regular expressions
     verdict.py     Check and Verdict      reason.py  evidence, and what of it may be shown
-    explain.py     the same verdicts for people      tables.py  the tables of docs/routing.md, from the data
+    explain.py     the same verdicts for people      changes.py  two sets of them compared
+    tables.py      the tables of docs/routing.md, from the data
     stage.py       the stage: claims route jobs and commits what follows (imported from there, not from here)
 
 Everything but the stage is pure: no ledger, no files, no network; values in, values out.
 """
 
+from dicom_node.route.changes import differences, format_differences
 from dicom_node.route.explain import explain_files, format_explanation, format_verdict
 from dicom_node.route.rules import (
     check_routes,
     evaluate,
     evaluate_all,
     missing_requirements,
+    say_rejected,
     select_priority,
     unrouted_code,
 )
@@ -26,13 +29,16 @@ __all__ = [
     "Check",
     "Verdict",
     "check_routes",
+    "differences",
     "evaluate",
     "evaluate_all",
     "explain_files",
+    "format_differences",
     "format_explanation",
     "format_verdict",
     "missing_requirements",
     "redact",
+    "say_rejected",
     "select_priority",
     "unrouted_code",
 ]

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from dicom_node.config import Route
 from dicom_node.errors import NodeError
-from dicom_node.result import RefusalCode
+from dicom_node.result import ClinicalInput, RefusalCode
 from dicom_node.route.body_part import WEIGHTS
 from dicom_node.route.facts import StudyFacts
 from dicom_node.route.reason import printable, summary
@@ -32,10 +32,12 @@ def explain_files(
     *,
     calling_ae: str = "",
     called_ae: str = "",
+    clinical: Callable[[Study], Mapping[str, ClinicalInput]] = lambda _study: {},
 ) -> dict[str, Any]:
     """`explain --file`: what would happen if these files came in, as if sent by and to the given AE titles.
 
     `read_header` raises a NodeError for a file that it cannot read; the others are explained all the same.
+    `clinical` gives the clinical values that the study itself holds.
     """
     instances: dict[str, list[Instance]] = {}
     unreadable = []
@@ -48,10 +50,10 @@ def explain_files(
         instance = Instance(f"{number:032x}", header, "", "", path, calling_ae, called_ae, "", "", 0.0)
         instances.setdefault(instance.study_instance_uid, []).append(instance)
     studies = [Study.from_instances(uid, 1, group) for uid, group in instances.items()]
-    return {"studies": [_explain(routes, study) for study in studies], "unreadable": unreadable}
+    return {"studies": [_explain(routes, study, clinical(study)) for study in studies], "unreadable": unreadable}
 
 
-def _explain(routes: Sequence[Route], study: Study) -> dict[str, Any]:
+def _explain(routes: Sequence[Route], study: Study, clinical: Mapping[str, ClinicalInput]) -> dict[str, Any]:
     facts = StudyFacts(study, {})
     series = [
         {
@@ -64,8 +66,15 @@ def _explain(routes: Sequence[Route], study: Study) -> dict[str, Any]:
         for s in facts.series
     ]
     own = len(study.instances) - len(facts.instances)
-    verdicts = [v.to_json() for v in evaluate_all(routes, study, {})]
-    return {"study": study.study_instance_uid, "series": series, "own_objects": own, "verdicts": verdicts}
+    verdicts = [v.to_json() for v in evaluate_all(routes, study, clinical)]
+    guessed = sum(i.header.text_guessed for i in study.instances)
+    return {
+        "study": study.study_instance_uid,
+        "series": series,
+        "own_objects": own,
+        "text_guessed": guessed,
+        "verdicts": verdicts,
+    }
 
 
 def format_explanation(explanation: Mapping[str, Any]) -> str:
@@ -79,6 +88,8 @@ def format_explanation(explanation: Mapping[str, Any]) -> str:
             lines += [f"  series {s['series']}: {s['modality'] or 'no modality'}, {count}{described}"]
         if study["own_objects"]:
             lines += [f"  {study['own_objects']} of our own objects are left out"]
+        if study["text_guessed"]:
+            lines += [f"  text of {study['text_guessed']} is not in the declared character set and was guessed"]
         for verdict in study["verdicts"]:
             lines += ["", format_verdict(verdict)]
         lines += [""]

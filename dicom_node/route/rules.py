@@ -95,6 +95,22 @@ def _ambiguity(when: dict[str, Matcher], seen: list[tuple[SeriesFacts, tuple[Che
     return None
 
 
+def say_rejected(
+    verdicts: Iterable[Verdict], whole: Iterable[Verdict], rejected: Mapping[str, str]
+) -> tuple[Verdict, ...]:
+    """A route that only rejected images would have matched says so, instead of silently not matching.
+
+    `whole`: the verdicts with the rejected images. `rejected`: SOP Instance UID to the title that rejects it.
+    """
+    refusal = Refusal(
+        RefusalCode.IMAGE_REJECTED, f"{len(rejected)} instances: {', '.join(sorted(set(rejected.values())))}"
+    )
+    return tuple(
+        replace(with_them, refusal=refusal) if with_them.matched and not verdict.matched else verdict
+        for verdict, with_them in zip(verdicts, whole, strict=True)
+    )
+
+
 def unrouted_code(verdicts: Iterable[Verdict]) -> RefusalCode:
     """Why a study that no route matches goes nowhere: BODY_PART_AMBIGUOUS where only that kept one from it."""
     ambiguous = any(v.refusal is not None and v.refusal.code is RefusalCode.BODY_PART_AMBIGUOUS for v in verdicts)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -11,8 +10,7 @@ import sqlalchemy as sa
 from dicom_node.config import Config, Require, Route
 from dicom_node.log import Log
 from dicom_node.metrics import Recorder
-from dicom_node.result import Refusal, RefusalCode
-from dicom_node.route import Verdict, evaluate_all, select_priority, unrouted_code
+from dicom_node.route import Verdict, evaluate_all, say_rejected, select_priority, unrouted_code
 from dicom_node.route.follow import Follow, Known, handed_on
 from dicom_node.store import jobs, rejections, studies
 from dicom_node.store.jobs import Ending, Job
@@ -49,7 +47,8 @@ class RouteStage:
             return False
         with self._ledger.read() as tx:
             study = studies.load_study(tx, job.study_uid, job.revision, self._path_of)
-            whole, rejected = study, rejections.rejected(tx, job.study_uid)
+            rejected = rejections.rejected(tx, job.study_uid)
+            whole = study
             if rejected:
                 whole = studies.load_study(tx, job.study_uid, job.revision, self._path_of, with_rejected=True)
         gathered = job.payload.get("clinical")
@@ -58,7 +57,7 @@ class RouteStage:
         if gathered is None and not job.payload.get("incomplete_accepted") and self._gather(job, verdicts):
             return True
         if rejected:
-            verdicts = _without_rejected(verdicts, evaluate_all(self._config.routes, whole, clinical), rejected)
+            verdicts = say_rejected(verdicts, evaluate_all(self._config.routes, whole, clinical), rejected)
         taken = [v for v in verdicts if v.matched and v.refusal is None]
         ending = self._ending(verdicts)
         now = self._ledger.clock()
@@ -160,15 +159,3 @@ class RouteStage:
             if verdict.matched:
                 said = "taken" if verdict.refusal is None else f"refused, {verdict.refusal}"
                 add_event(tx, now, job.study_uid, "ROUTED", f"{verdict.route}: {said}")
-
-
-def _without_rejected(
-    verdicts: tuple[Verdict, ...], whole: tuple[Verdict, ...], rejected: Mapping[str, str]
-) -> tuple[Verdict, ...]:
-    """A route that only rejected images would have matched says so, instead of silently not matching."""
-    titles = ", ".join(f"{code} {rejections.TITLES[code]}" for code in sorted(set(rejected.values())))
-    refusal = Refusal(RefusalCode.IMAGE_REJECTED, f"{len(rejected)} instances: {titles}")
-    return tuple(
-        replace(with_them, refusal=refusal) if with_them.matched and not verdict.matched else verdict
-        for verdict, with_them in zip(verdicts, whole, strict=True)
-    )

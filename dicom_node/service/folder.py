@@ -85,7 +85,7 @@ class _Line:
 
     def __init__(self, config: Config) -> None:
         root, log, recorder = config.store.root, Log.null(), NullRecorder()
-        self.files = Files(root)
+        self.files = Files(root, config.store.fallback_charset or "")
         self.ledger = Ledger(root)
         self.stored = 0
         engines = tuple(sorted({route.engine for route in config.routes}))

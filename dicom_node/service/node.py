@@ -59,7 +59,7 @@ class Node:
     def __init__(self, config: Config, config_path: Path, lock: RootLock, listener: Child | None) -> None:
         self._config = config
         root = config.store.root
-        self._files = Files(root)
+        self._files = Files(root, config.store.fallback_charset or "")
         self._lock = lock
         self.metrics = Metrics()
         self.log = make_log(config.log, root).bind(process="stages")

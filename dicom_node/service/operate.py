@@ -129,13 +129,30 @@ def _clock(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def explain_files(config: Config, paths: list[Path]) -> Answer:
-    """How the routes would judge these files, attribute by attribute, rule by rule."""
+def explain_files(
+    config: Config, config_path: Path, paths: list[Path], calling_ae: str = "", called_ae: str = ""
+) -> tuple[Answer, int]:
+    """How the routes would judge these files, attribute by attribute, rule by rule. 1 = one of them cannot be read."""
+    from dicom_node.clinical import ClinicalValues
+    from dicom_node.packages import wanted_of
+    from dicom_node.route import check_routes
     from dicom_node.route import explain_files as judge
     from dicom_node.store.header import read_header
 
     files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if not f.is_dir()]
-    return judge(config.routes, files, read_header, called_ae=config.receive.ae_title)
+    check_routes(config.routes, str(config_path))
+    fallback = config.store.fallback_charset or ""
+    known = ClinicalValues(wanted_of(config.engines.path), config.clinical)
+    engines = [route.engine for route in config.routes]
+    answer = judge(
+        config.routes,
+        files,
+        lambda path: read_header(path, fallback),
+        calling_ae=calling_ae,
+        called_ae=called_ae or config.receive.ae_title,
+        clinical=lambda study: known.known(study, engines),
+    )
+    return answer, 1 if answer["unreadable"] or not files else 0
 
 
 def explain_files_text(answer: Answer) -> str:

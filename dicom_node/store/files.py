@@ -207,8 +207,8 @@ def node_namespace(root: Path) -> str:
 class Files:
     """The folders of one store root and what may be done in them."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, fallback_charset: str = "") -> None:
+        self.root, self.fallback_charset = root, fallback_charset
         for folder in (root, *(root / name for name in FOLDERS)):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.incoming = root / "incoming"
@@ -365,7 +365,7 @@ class Files:
 
     def read_header(self, path: Path) -> Header:
         """All attributes but bulk data."""
-        return header.read_header(path)
+        return header.read_header(path, self.fallback_charset)
 
     def dataset_digest(self, path: Path) -> str:
         """SHA-256 (hex) of the encoded data set as received."""

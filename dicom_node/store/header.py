@@ -36,13 +36,16 @@ _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _CHARSET, _PIXEL_REPRESENTATION = 0x00080005, 0x00280103
 
 
-def read_header(path: Path) -> Header:
-    """All attributes of the file but its bulk data. Raises CannotUnderstandError, StoreError."""
+def read_header(path: Path, fallback_charset: str = "") -> Header:
+    """All attributes of the file but its bulk data. Raises CannotUnderstandError, StoreError.
+
+    `fallback_charset`: a defined term of Specific Character Set, for text that the declared one does not take.
+    """
     meta = read_meta(path)
     encoding = encoding_of(meta.transfer_syntax_uid)
     try:
         with mapped(path) as data:
-            return _Reader(data).read(meta.dataset_offset, len(data), encoding)
+            return _Reader(data, fallback_charset).read(meta.dataset_offset, len(data), encoding)
     except OSError as e:
         raise StoreError(f"a stored file cannot be read ({e.strerror})") from e
 
@@ -68,14 +71,15 @@ class _Level:
 class _Reader:
     """Follows one walk and builds the Header; keeps no recursion, as the walker does not."""
 
-    def __init__(self, data: Buffer) -> None:
-        self._data = data
+    def __init__(self, data: Buffer, fallback_charset: str) -> None:
+        self._data, self._fallback = data, fallback_charset
+        self._guessed = False
         self._budget = MAX_HEADER_BYTES
         self._signed = False
         self._creators: dict[int, str] = {}
 
     def read(self, start: int, end: int, encoding: Encoding) -> Header:
-        levels = [_Level("", charset_of(()))]
+        levels = [_Level("", charset_of((), self._fallback))]
         for kind, tag, vr, offset, length, how in Walker(self._data, start, end, encoding):
             level = levels[-1]
             if kind is Kind.VALUE:
@@ -92,7 +96,7 @@ class _Reader:
                 keyword, items = level.sequences.pop()
                 if keyword and items:
                     level.values.setdefault(keyword, tuple(items))
-        return Header(MappingProxyType(levels[0].values))
+        return Header(MappingProxyType(levels[0].values), self._guessed)
 
     def _take(self, level: _Level, tag: int, vr: str, offset: int, length: int, encoding: Encoding) -> None:
         private = bool(tag >> 16 & 1)
@@ -146,11 +150,16 @@ class _Reader:
         if vr not in _TEXT:
             return None
         if tag == _CHARSET:
-            level.charset = charset_of(_ascii(raw).split("\\"))
-        text = level.charset.decode(raw) if vr in _LOCALISED else _ascii(raw)
+            level.charset = charset_of(_ascii(raw).split("\\"), self._fallback)
+        text = self._localised(level, tag, raw) if vr in _LOCALISED else _ascii(raw)
         if vr in _ONE_VALUE:
             return _collapse([text.rstrip(" \x00\r\n")])
         return _collapse([v.strip(" \x00") for v in text.split("\\")])
+
+    def _localised(self, level: _Level, tag: int, raw: bytes) -> str:
+        text, guessed = level.charset.read(raw)
+        self._guessed |= guessed and not tag >> 16 & 1  # nobody reads the text of private attributes
+        return text
 
 
 def _keyword(tag: int) -> str:

@@ -17,7 +17,7 @@ from dicom_node.log import Log
 from dicom_node.metrics import Recorder
 from dicom_node.store import availability, rejections, studies
 from dicom_node.store.files import Files
-from dicom_node.store.ledger import Ledger, add_event
+from dicom_node.store.ledger import Ledger, add_event, has_event
 from dicom_node.store.studies import Timing
 from dicom_node.study import Instance, is_own_output
 
@@ -83,6 +83,8 @@ class IndexStage:
                 own = is_own_output(instance.header) or studies.is_our_object(tx, instance.sop_instance_uid)
                 priority = PRIORITY_STAT if instance.calling_ae_title in self._priority_ae else 0
                 what = studies.add_instance(tx, instance, own=own, priority=priority, timing=self._timing, now=now)
+                if instance.header.text_guessed and what not in ("duplicate", "own"):
+                    _tell_guess(tx, now, instance.study_instance_uid)
                 happened.append((path.stem, what))
                 if what in ("new", "changed"):
                     self._rejects(tx, instance, now)
@@ -135,3 +137,10 @@ class IndexStage:
         for instance_id, what in happened:
             if what == "duplicate":
                 self._files.remove_object(instance_id)
+
+
+def _tell_guess(tx: sa.Connection, now: float, study_uid: str) -> None:
+    """Once a study: thousands of instances come from the same device with the same fault."""
+    if not has_event(tx, study_uid, "CHARSET_GUESSED"):
+        text = "text is not in the declared Specific Character Set (0008,0005), or none is declared; it was guessed"
+        add_event(tx, now, study_uid, "CHARSET_GUESSED", text)

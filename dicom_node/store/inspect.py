@@ -97,7 +97,7 @@ def explain(tx: sa.Connection, study_uid: str) -> dict[str, Any] | None:
             {"at": r.at, "code": r.code, "text": r.text}
             for r in tx.execute(sa.select(event).where(event.c.study_uid == study_uid).order_by(event.c.id))
         ],
-        "evidence": _evidence(tx, study_uid, row["revision"]),
+        "evidence": verdicts(tx, study_uid, row["revision"]),
     }
 
 
@@ -158,15 +158,34 @@ def _deliveries(tx: sa.Connection, study_uid: str) -> list[dict[str, Any]]:
     ]
 
 
-def _evidence(tx: sa.Connection, study_uid: str, revision: int) -> list[dict[str, Any]]:
-    """Rule by rule, as the route stage saw it at the newest revision."""
+def verdicts(tx: sa.Connection, study_uid: str, revision: int) -> list[dict[str, Any]]:
+    """Rule by rule, as the route stage saw it at this revision; [] while it has not."""
     text = tx.execute(
         sa.select(job.c.output).where(
             job.c.study_uid == study_uid, job.c.revision == revision, job.c.stage == Stage.ROUTE
         )
     ).scalar()
-    verdicts: list[dict[str, Any]] = json.loads(text or "{}").get("verdicts", [])
-    return verdicts
+    seen: list[dict[str, Any]] = json.loads(text or "{}").get("verdicts", [])
+    return seen
+
+
+def gathered(tx: sa.Connection, study_uid: str, revision: int) -> dict[str, Any] | None:
+    """What sources outside the study said of its clinical values at this revision; None = nobody was asked."""
+    text = tx.execute(
+        sa.select(job.c.payload).where(
+            job.c.study_uid == study_uid, job.c.revision == revision, job.c.stage == Stage.ROUTE
+        )
+    ).scalar()
+    said: dict[str, Any] | None = json.loads(text or "{}").get("clinical")
+    return said
+
+
+def received_since(tx: sa.Connection, since: float) -> list[tuple[str, int]]:
+    """(UID, revision) of the studies that received something since then, oldest first."""
+    rows = tx.execute(
+        sa.select(study.c.uid, study.c.revision).where(study.c.last_received >= since).order_by(study.c.last_received)
+    )
+    return [(row.uid, row.revision) for row in rows]
 
 
 def study_row(tx: sa.Connection, study_uid: str) -> dict[str, Any]:

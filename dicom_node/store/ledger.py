@@ -116,6 +116,12 @@ def add_event(tx: sa.Connection, at: float, study_uid: str | None, code: str, te
     tx.execute(schema.event.insert().values(at=at, study_uid=study_uid, code=code, text=text))
 
 
+def has_event(tx: sa.Connection, study_uid: str, code: str) -> bool:
+    """Whether this happened to the study already."""
+    same = sa.select(schema.event.c.id).where(schema.event.c.study_uid == study_uid, schema.event.c.code == code)
+    return tx.execute(same.limit(1)).first() is not None
+
+
 def one(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """A row as a plain dict."""
     return None if row is None else dict(row)

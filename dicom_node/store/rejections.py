@@ -104,14 +104,14 @@ def is_rejected() -> sa.ColumnElement[bool]:
 
 
 def rejected(tx: sa.Connection, study_uid: str) -> dict[str, str]:
-    """SOP Instance UID to title code, of the study's instances that must not be used."""
+    """SOP Instance UID to code and title of the note, of the study's instances that must not be used."""
     rows = tx.execute(
         sa.select(rejection.c.sop_uid, rejection.c.code)
         .join(instance, instance.c.sop_uid == rejection.c.sop_uid)
         .where(instance.c.study_uid == study_uid, instance.c.current, ~instance.c.own)
         .order_by(rejection.c.at, rejection.c.id)
     ).all()
-    return {row.sop_uid: row.code for row in rows}
+    return {row.sop_uid: f"{row.code} {TITLES[row.code]}" for row in rows}
 
 
 def apply(tx: sa.Connection, note: Note, study_uid: str, now: float) -> Effect:

@@ -18,8 +18,9 @@ from dicom_node.metrics import Metrics
 from dicom_node.packages import ClinicalEntry
 from dicom_node.route.complete import CompleteStage
 from dicom_node.route.stage import RouteStage
+from dicom_node.service.operate import explain_text
 from dicom_node.service.orders import apply_command
-from dicom_node.store import inspect, jobs, studies
+from dicom_node.store import inspect, jobs, rejections, studies
 from dicom_node.store.ledger import Ledger
 from dicom_node.store.schema import Stage, job
 
@@ -66,13 +67,20 @@ class Room:
             raise self.answer
         return self.answer
 
-    def study(self, uid: str = "1.2.3", **header: Any) -> None:
-        values = {"StudyInstanceUID": uid, "SOPInstanceUID": f"{uid}.1", "StudyDate": "20260101"} | header
+    def study(self, uid: str = "1.2.3", also: str = "", **header: Any) -> None:
+        """One image, and one of a series of its own if `also`."""
         with self.ledger.write() as tx:
             timing = studies.Timing(60, 600, "rerun", 3)
-            made = self.make(self.clock(), **values)
-            studies.add_instance(tx, made, own=False, priority=0, timing=timing, now=self.clock())
+            for sop in filter(None, (f"{uid}.1", also)):
+                values = {"StudyInstanceUID": uid, "SeriesInstanceUID": f"{sop}.0", "SOPInstanceUID": sop}
+                made = self.make(self.clock(), **(values | {"StudyDate": "20260101"} | header))
+                studies.add_instance(tx, made, own=False, priority=0, timing=timing, now=self.clock())
             assemble.complete(tx, uid, self.clock())
+
+    def reject(self, sop: str) -> None:
+        note = rejections.Note(f"{sop}.9", "113001", frozenset({sop}))
+        with self.ledger.write() as tx:
+            rejections.apply(tx, note, "1.9", self.clock())
 
     def work(self) -> None:
         while self.route.run_once() or self.gather.run_once() or self.complete.run_once():
@@ -88,6 +96,20 @@ class Room:
         with self.ledger.read() as tx:
             study = studies.load_study(tx, uid, 1, Path)
         return self.clinical.for_engine(study, "t", json.loads(self.infer_job(uid)["payload"])["clinical"])
+
+    def told(self, uid: str = "1.2.3") -> Any:
+        with self.ledger.read() as tx:
+            return inspect.explain(tx, uid)
+
+    def open_jobs(self, uid: str = "1.2.3") -> list[str]:
+        with self.ledger.read() as tx:
+            query = job.select().where(job.c.study_uid == uid, job.c.state != "DONE")
+            return sorted(row.stage for row in tx.execute(query))
+
+    def parked(self, uid: str) -> int:
+        with self.ledger.read() as tx:
+            query = job.select().where(job.c.study_uid == uid, job.c.run_at >= jobs.PARKED, job.c.state == "READY")
+            return len(list(tx.execute(query)))
 
     def events(self, uid: str = "1.2.3") -> dict[str, str]:
         with self.ledger.read() as tx:
@@ -235,6 +257,96 @@ def test_a_required_value_is_looked_for_again_then_the_route_decides(room: Any, 
     made = r.infer_job("1.2.9")
     assert (made["outcome"], made["code"], made["detail"]) == ("REFUSED", "INCOMPLETE", "missing: clinical fsh")
     assert "CLINICAL_INPUT_MISSING(fsh)" in r.events("1.2.9")["CLINICAL_GATHERED"]
+
+
+def test_the_wait_is_told_and_an_operator_keeps_what_was_said_so_far(room: Any) -> None:
+    r = room(require={"clinical": ["FSH", "other"]}, if_incomplete="hold")
+    r.study()
+    r.work()
+    (told,) = r.told()["outcomes"]
+    assert (told["stage"], told["state"], told["code"]) == ("clinical", "READY", "CLINICAL_WAITING")
+    assert "CLINICAL_INPUT_MISSING(other)" in told["detail"]
+    assert "every route, revision 1: READY (CLINICAL_WAITING)" in explain_text(r.told())
+    assert r.told()["state"] == "PROCESSING"
+    assert apply_command(r.ledger, {"kind": "complete", "study": "1.2.3"})["text"] == "1 held jobs go on"
+    r.clock.advance(60)
+    r.work()
+    assert len(r.asked) == 1 and r.values().values["FSH"].value == 12.5
+    assert json.loads(r.infer_job()["payload"])["incomplete"] == ["clinical other"]
+    assert "an operator said so" in r.events()["RUN_INCOMPLETE"]
+
+
+def test_a_held_study_is_asked_for_until_the_value_is_there(room: Any, clock: Any) -> None:
+    r = room(require={"clinical": ["FSH"]}, if_incomplete="hold", hold_hours=2, wait=60)
+    r.answer = Gathered()
+    r.study()
+    for _ in range(10):
+        r.work()
+        clock.advance(31)
+    (told,) = r.told()["outcomes"]
+    assert (told["stage"], told["code"], r.told()["state"]) == ("complete", "HELD_INCOMPLETE", "HELD")
+    asked = len(r.asked)
+    r.study("1.2.9")  # whoever comes meanwhile is asked for first
+    r.answer = Gathered((SAID,))
+    clock.advance(301)
+    r.route.run_once()
+    r.gather.run_once()
+    assert r.parked("1.2.9") == 0 and r.told()["state"] == "HELD"
+    r.work()
+    assert len(r.asked) == asked + 2
+    assert r.values().values["FSH"].value == 12.5 and r.told()["state"] == "PROCESSING"
+    assert r.open_jobs() == ["infer"]
+
+
+@pytest.mark.parametrize("end", ["time", "operator", "rejected"])
+def test_nobody_is_asked_for_a_study_that_is_not_held_any_more(room: Any, clock: Any, end: str) -> None:
+    r = room(require={"clinical": ["FSH"]}, if_incomplete="hold", hold_hours=1, wait=0)
+    r.answer = DOWN
+    r.study()
+    r.work()
+    clock.advance(60)
+    r.work()
+    assert r.open_jobs() == ["clinical", "complete"] and r.told()["state"] == "HELD"
+    if end == "time":
+        clock.advance(3600)
+    elif end == "operator":
+        apply_command(r.ledger, {"kind": "complete", "study": "1.2.3"})
+    else:
+        r.reject("1.2.3.1")
+    asked = len(r.asked)
+    while r.complete.run_once():
+        pass
+    assert "clinical" not in r.open_jobs()
+    clock.advance(7200)
+    r.work()
+    assert len(r.asked) == asked
+
+
+def test_rejected_images_are_left_out_before_anybody_is_asked_and_while_it_waits(room: Any, clock: Any) -> None:
+    """Of two series one is rejected before: the other goes on. Rejected while a value is waited for: nothing runs."""
+    r = room(require={"clinical": ["FSH"]})
+    r.reject("1.2.3.1")
+    r.study(also="1.2.3.2")
+    r.answer = DOWN
+    r.work()
+    assert len(r.asked) == 1 and r.infer_job() is None
+    r.answer = Gathered((SAID,))
+    clock.advance(61)
+    r.work()
+    assert r.infer_job()["state"] == "READY" and json.loads(r.infer_job()["payload"])["series"] == ["1.2.3.2.0"]
+
+    r.reject("1.2.8.1")
+    r.study("1.2.8")
+    r.work()
+    assert r.infer_job("1.2.8")["code"] == "IMAGE_REJECTED" and len(r.asked) == 2
+
+    r.answer = DOWN
+    r.study("1.2.9")
+    r.work()
+    r.reject("1.2.9.1")
+    clock.advance(601)
+    r.work()
+    assert r.infer_job("1.2.9")["code"] == "IMAGE_REJECTED" and r.open_jobs("1.2.9") == []
 
 
 def test_a_newer_revision_takes_the_waiting_study_over(room: Any, clock: Any) -> None:

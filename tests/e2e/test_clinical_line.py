@@ -12,8 +12,10 @@ import jsonschema
 import pydicom
 import pytest
 from certificates import Authority
-from e2e_node import REPOSITORY, Node, storescu
-from fhir_server import EDV, FSH, LEFT, RIGHT, SYSTEM, TESTIS, VOLUME, FhirServer, observation, patient
+from e2e_node import REPOSITORY, Node, storescu, wait_for
+from fhir_server import EDV, FSH, LEFT, RIGHT, SYSTEM, TESTIS, VOLUME, FhirServer, observation, patient, send
+from notes import rejection_note
+from pydicom.uid import generate_uid
 
 from engines.testis_noa import dicom, phantom
 
@@ -157,6 +159,47 @@ def test_values_from_outside_reach_the_nomogram_with_their_source(
         assert (unit, when) == (used[name]["unit"], stamp) and f"Source: {source}" in comment
     captures = [o for o in pacs.objects() if "NOMOGRAM" in str(o.get("ImageType", ""))]
     assert captures, "the nomogram is drawn"
+
+
+def test_a_required_value_that_comes_late_and_a_rejected_image_in_one_study(
+    make_node: Any, pacs: Any, tmp_path: Path
+) -> None:
+    """The route requires FSH: the study waits for it, then goes on, without the image that was rejected."""
+    paths, made, header = study(tmp_path / "sent")
+    bad = pydicom.dcmread(paths[0])
+    bad.SOPInstanceUID = bad.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    bad.InstanceNumber = 99
+    bad.save_as(tmp_path / "bad.dcm")
+    rejection_note(tmp_path / "note.dcm", [bad])
+    uid = str(header.StudyInstanceUID)
+    born = str(header.PatientBirthDate)
+    person = patient(birthDate=f"{born[:4]}-{born[4:6]}-{born[6:]}" if born else "1990-01-01")
+    with FhirServer(person, *observations(made, f"{day_of(header)}T08:30:00+02:00")) as server:
+        server.answer = lambda handler: send(handler, {"resourceType": "OperationOutcome"}, 503)
+        node = noa_node(make_node, pacs.port, fhir=fhir_section(server), wait_seconds=600)
+        node.settings["routes"][0] |= {"require": {"clinical": ["FSH"]}, "if_incomplete": "hold"}
+        node.write_config()
+        node.start()
+        assert storescu(node.port, *paths, tmp_path / "bad.dcm", tmp_path / "note.dcm") == 0
+
+        def waits() -> bool:
+            return server.asked != [] and "CLINICAL_WAITING" in [o["code"] for o in node.explain(uid)["outcomes"]]
+
+        wait_for(waits, 60, every=0.5)
+        assert "CLINICAL_WAITING" in node.cli("explain", uid).stdout and pacs.objects() == []
+        server.answer = lambda _handler: False
+        answer = node.wait_state(uid, "DONE", seconds=90)
+        assert node.stop() == 0
+    schema = json.loads((REPOSITORY / "docs/schemas/explain.v1.schema.json").read_text())
+    jsonschema.validate(answer, schema)
+    codes = [e["code"] for e in answer["events"]]
+    assert {"IMAGES_REJECTED", "CLINICAL_WAITING", "CLINICAL_GATHERED"} <= set(codes)
+    (outcome,) = answer["outcomes"]
+    assert outcome["outcome"] == "RESULT"
+    assert {c["name"] for c in outcome["clinical"]["used"]} >= {"FSH"}
+    (report,) = [o for o in pacs.objects() if o.SOPClassUID == SR]
+    assert "source FHIR" in texts(report) and "fusion not computed" not in texts(report)
+    assert str(bad.SOPInstanceUID) not in str(report)
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pydicom.dataset import Dataset
 
 from dicom_node.errors import StoreError
 from dicom_node.report.normalise import TYPE_2, clean_text, normalise, read_source
+from dicom_node.store.header import read_header
 
 PLACE = "Z" * 40
 WANG = b"Wang^XiaoDong=\x1b$)A\xcd\xf5^\x1b$)A\xd0\xa1\xb6\xab"  # GB 2312 with the escapes of ISO 2022 IR 58
@@ -33,6 +35,33 @@ def test_simplified_chinese_comes_out_as_utf8_without_escapes(empty_case: Any, c
         assert str(ds.PatientName) == "Wang^XiaoDong=王^小东"
     gb = empty_case.sr(charset="GB18030")
     assert gb.SpecificCharacterSet == "GB18030" and str(gb.PatientName) == "Wang^XiaoDong=王^小东"
+
+
+@pytest.mark.parametrize(
+    ("charset", "raw", "fallback", "name"),
+    [
+        (None, "Wang^XiaoDong=王^小东".encode("gb18030"), "GB18030", "Wang^XiaoDong=王^小东"),
+        ("ISO_IR 192", "Wang^XiaoDong=王^小东".encode("gb18030"), "GB18030", "Wang^XiaoDong=王^小东"),
+        ("GBK", "Wang^XiaoDong=王^小东".encode("gb18030"), "", "Wang^XiaoDong=王^小东"),
+        (["", "ISO 2022 IR 87"], b"Yamada^Tarou=\x1b$B;3ED\x1b(B^\x1b$BB@O:\x1b(B", "", "Yamada^Tarou=山田^太郎"),
+        (["", "ISO 2022 IR 149"], b"Hong^Gildong=\x1b$)C\xfb\xf3^\x1b$)C\xd1\xce\xd4\xd7", "", "Hong^Gildong=洪^吉洞"),
+    ],
+)
+def test_a_report_reads_the_name_as_routing_does(
+    clip: Any, empty_case: Any, charset: Any, raw: bytes, fallback: str, name: str
+) -> None:
+    empty_case.add(clip(SpecificCharacterSet="ISO_IR 6", PatientName=PLACE))
+    path: Path = empty_case.first.path
+    ds = pydicom.dcmread(path)
+    del ds.SpecificCharacterSet
+    if charset is not None:
+        ds.add_new("SpecificCharacterSet", "CS", charset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ds.save_as(path)
+    path.write_bytes(path.read_bytes().replace(PLACE.encode(), raw.ljust(len(PLACE))))
+    assert str(read_source(path, fallback).PatientName) == name
+    assert read_header(path, fallback).text("PatientName") == name
 
 
 def test_a_name_is_never_written_in_a_character_set_that_lacks_its_letters(empty_case: Any, clip: Any) -> None:

@@ -57,6 +57,27 @@ def test_text_is_decoded_by_its_character_set_and_carries_no_escapes(read, chars
     assert "\x1b" not in found
 
 
+@pytest.mark.parametrize(
+    ("charset", "raw", "fallback", "text", "guessed"),
+    [
+        (b"", "睾丸肿瘤".encode("gb18030"), "GB18030", "睾丸肿瘤", True),
+        (b"", "Müller".encode(), "GB18030", "Müller", True),  # plainly UTF-8: before the site's own
+        (b"ISO_IR 192", "肾".encode("gb18030"), "GB18030", "肾", True),
+        (b"ISO_IR 6", "печень".encode("iso8859_5"), "ISO_IR 144", "печень", True),
+        (b"ISO_IR 100", b"J\xe9r\xf4me", "GB18030", "Jérôme", False),  # what is declared comes first
+        (b"\\ISO 2022 IR 58", b"US \x1b$)A\xc9\xf6", "ISO_IR 100", "US 肾", False),
+        (b"\\ISO 2022 IR 58", "肾脏".encode("gb18030"), "", "肾脏", True),  # the escape was forgotten
+        (b"\\ISO 2022 IR 58", b"\x1b$)A" + "睾丸\u9555".encode("gb18030"), "", "睾丸\u9555", False),  # beyond GB 2312
+        (b"", b"plain", "GB18030", "plain", False),
+    ],
+)
+def test_text_in_no_declared_set_is_guessed_and_told(read, tmp_path, charset, raw, fallback, text, guessed):
+    data = explicit(0x0008, 0x0005, b"CS", charset) if charset else b""
+    read(data + explicit(0x0008, 0x1030, b"LO", raw))
+    found = read_header(tmp_path / "x.dcm", fallback)
+    assert (found.text("StudyDescription"), found.text_guessed) == (text, guessed)
+
+
 def test_a_backslash_byte_inside_a_chinese_character_is_no_delimiter(read):
     text = "誠"  # its second GBK byte is 0x5C
     assert text.encode("gb18030")[1:2] == b"\\"
