@@ -19,16 +19,13 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from dicom_node.errors import NoSuchModelError as NoSuchModelError  # engines catch it
 from dicom_node.result import ClinicalInput, FrameRef, Refusal
 from dicom_node.study import Instance, Study
 
 RunModel: TypeAlias = Callable[[str, Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
 """run("classifier", {"x": array}) -> {"logits": …, "features": …}, on whatever backend was accepted.
 Raises NoSuchModelError for a name that the package does not hold."""
-
-
-class NoSuchModelError(LookupError):
-    """The package holds no model of this name: a site's own may come without a locator."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@
     ├── LedgerError             the ledger is unusable: corrupt, of a newer schema, not writable
     ├── PackageError            a task or a model package is refused, with the failing step
     ├── WorkerError             the worker lost a job: crash, time-out, memory (costs one attempt)
+    │   └── NoSuchModelError        an engine asked for a model that its package does not hold
     ├── ClinicalSourceError     a source of clinical values gave no usable answer
     ├── NodeStoppingError       the node ends the worker: the job in hand keeps its attempt
     ├── ReportError             the objects of a result cannot be built (costs one attempt)
@@ -130,6 +131,10 @@ class WorkerError(NodeError):
     """The worker process lost the job."""
 
     retryable = True
+
+
+class NoSuchModelError(WorkerError):
+    """The package holds no model of this name: a site's own may come without a locator."""
 
 
 class ReportError(NodeError):
