@@ -161,16 +161,8 @@ class InferStage:
                 return  # a newer revision fenced this run out
             self._tell(tx, job, ending, now)
             if report is not None:
-                jobs.put(
-                    tx,
-                    study_uid=job.study_uid,
-                    revision=job.revision,
-                    stage=Stage.REPORT,
-                    route=job.route,
-                    priority=job.priority,
-                    now=now,
-                    payload=report | {"created_at": now, "engine": ending.engine},
-                )
+                payload = report | {"created_at": now, "engine": ending.engine}
+                jobs.put_next(tx, job, Stage.REPORT, payload, now)
         self._recorder.inc("dicom_node_jobs_total", stage="infer", outcome=str(ending.outcome), route=job.route)
         if ending.outcome is Outcome.REFUSED:
             self._recorder.inc("dicom_node_refusals_total", route=job.route, code=ending.code)

@@ -165,17 +165,9 @@ class CompleteStage:
 
     def _look_for(self, tx: sa.Connection, job: Job, route: Route, now: float) -> None:
         """Have the sources asked for what is missing while the study is held; one job a route, put once."""
-        jobs.put(
-            tx,
-            study_uid=job.study_uid,
-            revision=job.revision,
-            stage=Stage.CLINICAL,
-            route=route.name,
-            priority=jobs.BEHIND,
-            now=now,
-            run_at=now + RECHECK_SECONDS,
-            payload={"engines": [route.engine], "required": list(route.require.clinical)},
-        )
+        payload = {"engines": [route.engine], "required": list(route.require.clinical)}
+        until = now + RECHECK_SECONDS
+        jobs.put_next(tx, job, Stage.CLINICAL, payload, now, priority=jobs.BEHIND, run_at=until)
 
     def _give_up(self, job: Job, route: Route, missing: list[str], now: float) -> None:
         waited = f", held for {route.hold_hours:g} h" if "held_since" in job.payload else ""

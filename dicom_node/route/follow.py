@@ -39,16 +39,7 @@ class Follow:
         payload = {"series": job.payload.get("series", [])} | handed_on(job)
         if gaps := list(missing):
             payload["incomplete"] = gaps
-        jobs.put(
-            tx,
-            study_uid=job.study_uid,
-            revision=job.revision,
-            stage=Stage.INFER,
-            route=route.name,
-            priority=priority,
-            now=now,
-            payload=payload,
-        )
+        jobs.put_next(tx, job, Stage.INFER, payload, now, route=route.name, priority=priority)
 
     def refuse(
         self,
@@ -62,33 +53,16 @@ class Follow:
     ) -> None:
         """An infer job that is answered already, and the SR "not assessable" where the route asks for one."""
         looked_at = list(series)
-        jobs.put(
-            tx,
-            study_uid=job.study_uid,
-            revision=job.revision,
-            stage=Stage.INFER,
-            route=route.name,
-            priority=priority,
-            now=now,
-            payload={"series": looked_at},
-            ending=Ending(Outcome.REFUSED, refusal.code, refusal.detail, engine=route.engine),
-        )
+        ending = Ending(Outcome.REFUSED, refusal.code, refusal.detail, engine=route.engine)
+        payload: dict[str, Any] = {"series": looked_at}
+        jobs.put_next(tx, job, Stage.INFER, payload, now, route=route.name, priority=priority, ending=ending)
         self._recorder.inc("dicom_node_refusals_total", route=route.name, code=str(refusal.code))
         if route.not_assessable != "sr" or route.mode != "live":
             return
-        jobs.put(
-            tx,
-            study_uid=job.study_uid,
-            revision=job.revision,
-            stage=Stage.REPORT,
-            route=route.name,
-            priority=priority,
-            now=now,
-            payload={
-                "refusal": {"code": str(refusal.code), "detail": refusal.detail},
-                "destinations": list(route.deliver),
-                "series": looked_at,
-                "created_at": now,
-                "engine": route.engine,
-            },
-        )
+        payload |= {
+            "refusal": {"code": str(refusal.code), "detail": refusal.detail},
+            "destinations": list(route.deliver),
+            "created_at": now,
+            "engine": route.engine,
+        }
+        jobs.put_next(tx, job, Stage.REPORT, payload, now, route=route.name, priority=priority)

@@ -91,16 +91,7 @@ class RouteStage:
         now = self._ledger.clock()
         with self._ledger.write() as tx:
             if jobs.wait(tx, job, until=jobs.PARKED, payload=job.payload):
-                jobs.put(
-                    tx,
-                    study_uid=job.study_uid,
-                    revision=job.revision,
-                    stage=Stage.CLINICAL,
-                    route="",
-                    priority=job.priority,
-                    now=now,
-                    payload=payload,
-                )
+                jobs.put_next(tx, job, Stage.CLINICAL, payload, now)
         return True
 
     def _by_value(self, verdict: Verdict) -> bool:
@@ -131,17 +122,9 @@ class RouteStage:
             self._follows.refuse(tx, job, route, verdict.refusal, verdict.series, priority, now)
             return
         stage = Stage.COMPLETE if route.require != Require() else Stage.INFER
-        jobs.put(
-            tx,
-            study_uid=job.study_uid,
-            revision=job.revision,
-            stage=stage,
-            route=route.name,
-            priority=priority,
-            now=now,
-            run_at=self._run_at(route, study, now),
-            payload={"series": list(verdict.series)} | handed_on(job),
-        )
+        payload = {"series": list(verdict.series)} | handed_on(job)
+        run_at = self._run_at(route, study, now)
+        jobs.put_next(tx, job, stage, payload, now, route=route.name, priority=priority, run_at=run_at)
 
     def _run_at(self, route: Route, study: Study, now: float) -> float:
         """A route may want a longer quiet time than the study timer: its job waits; a late instance supersedes it."""

@@ -93,6 +93,33 @@ def put(
         tx.execute(job.insert().values(**values))
 
 
+def put_next(
+    tx: sa.Connection,
+    after: Job,
+    stage: Stage,
+    payload: dict[str, Any],
+    now: float,
+    *,
+    route: str | None = None,
+    priority: int | None = None,
+    run_at: float | None = None,
+    ending: Ending | None = None,
+) -> None:
+    """`put` for the study and revision of the job `after`; of its route and priority, unless told otherwise."""
+    put(
+        tx,
+        study_uid=after.study_uid,
+        revision=after.revision,
+        stage=stage,
+        route=after.route if route is None else route,
+        priority=after.priority if priority is None else priority,
+        now=now,
+        run_at=run_at,
+        payload=payload,
+        ending=ending,
+    )
+
+
 def claim(tx: sa.Connection, stage: Stage, now: float, lease_seconds: float) -> Job | None:
     """The most urgent job that may run: READY and due, or with a lease that ran out; none of a held study."""
     _bury(tx, stage, now)
