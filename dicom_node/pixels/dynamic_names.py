@@ -147,7 +147,7 @@ def _zero(
         after_pre += 1
     # A first phase that nobody calls arterial may as well be a late one: the delay would be a guess.
     if after_pre and after_pre < len(parts) and said[after_pre] == ARTERIAL:
-        delay = rules.arm_to_liver_s
+        delay = rules.arm_to_liver_seconds
         return clocks[after_pre] - delay, {"zero time": f"{delay:g} s before the first arterial phase"}
     return None, {"zero time": "first phase"}
 
