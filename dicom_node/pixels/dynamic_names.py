@@ -11,13 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dicom_node.config_phases import PhaseName
 from dicom_node.pixels.dynamic_frames import moment
 from dicom_node.pixels.dynamic_model import ARTERIAL, DELAYED, HEPATOBILIARY, ORDER, PORTAL, PRE, Frame, Rules
 from dicom_node.pixels.dynamic_split import Part
 from dicom_node.result import Refusal, RefusalCode
 from dicom_node.study import Header
 
-_WORDS: dict[str, tuple[str, ...]] = {
+_WORDS: dict[PhaseName, tuple[str, ...]] = {
     PRE: (
         "pre", "prec", "precontrast", "nativ", "native", "nativphase", "plain", "unenhanced", "noncontrast",
         "nonenhanced", "non contrast", "ohne km", "vor km", "nativo", "sans contraste", "sans injection", "basal",
