@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from dicom_node import config_clinical
+from dicom_node import config_clinical, config_phases
 from dicom_node.config_base import Section as _Section
 from dicom_node.config_base import is_loopback as is_loopback
 from dicom_node.config_clinical import Clinical
@@ -238,6 +238,7 @@ class Config(_Section):
     assemble: Assemble = Assemble()
     engines: Engines = Engines()
     routes: tuple[Route, ...] = ()
+    phases: config_phases.Rules = config_phases.Rules()
     infer: Infer = Infer()
     report: Report = Report()
     deliver: Deliver = Deliver()

@@ -2,7 +2,7 @@
 
 An engine is a folder `engines/<task>/` with `engine.yaml` (what the task needs and says) and `engine.py`, which defines
 
-    def select(study, clinical) -> Selection | Refusal      # headers only
+    def select(study, clinical, site) -> Selection | Refusal      # headers only
     def predict(selection, pixels, run) -> Prediction | Refusal
 
 Both are plain module functions (the module satisfies `Engine`). The node, outside the engine, applies the
@@ -20,12 +20,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dicom_node.errors import NoSuchModelError as NoSuchModelError  # engines catch it
+from dicom_node.pixels.dynamic_model import Rules
 from dicom_node.result import ClinicalInput, FrameRef, Refusal
 from dicom_node.study import Instance, Study
 
 RunModel: TypeAlias = Callable[[str, Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
 """run("classifier", {"x": array}) -> {"logits": …, "features": …}, on whatever backend was accepted.
 Raises NoSuchModelError for a name that the package does not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What config.yaml sets for the engines. What an engine uses of it belongs into its selection's `extra`, so that
+    it counts in the input digest."""
+
+    phases: Rules = field(default_factory=Rules)
+    """For `pixels.dynamic.plan`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +112,7 @@ class PixelReader(Protocol):
 class Engine(Protocol):
     """`engines/<task>/engine.py`."""
 
-    def select(self, study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | Refusal:
+    def select(self, study: Study, clinical: Mapping[str, ClinicalInput], site: Site) -> Selection | Refusal:
         """Choose the source set from headers."""
 
     def predict(self, selection: Selection, pixels: PixelReader, run: RunModel) -> Prediction | Refusal:

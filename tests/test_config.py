@@ -51,6 +51,32 @@ def complaint(text: str, tmp_path: Path) -> ConfigError:
             "routes.0.deliver",
             "'pax'",
         ),
+        (
+            "phases: {windows: {arterial: [50, 15]}}",
+            "phases.windows",
+            "the earlier second first, not 50 to 15",
+        ),
+        (
+            "phases: {windows: {arterial: [15, 60]}}",
+            "phases.windows",
+            "begins after arterial ends, at 60 s",
+        ),
+        ("phases: {windows: {pre: [-60, 5]}}", "phases.windows", "pre: ends at 0"),
+        ("phases: {windows: {arterial: [15]}}", "phases.windows.arterial", "required"),
+        ("phases: {windows: {delayed: [120, .inf]}}", "phases.windows.delayed", "finite"),
+        ("phases: {windows: {venous: [55, 100]}}", "phases.windows.venous", "'portal venous'"),
+        (
+            "phases: {windows: {arterial: [30, 50]}}",
+            "phases.arm_to_liver_seconds",
+            "the arterial window, 30 to 50 s",
+        ),
+        (
+            "phases: {words: {arterial: [t1 twist]}}",
+            "phases.words",
+            "single blanks between, not 't1 twist'",
+        ),
+        ("phases: {words: {arterial: [Dyn], delayed: [dyn]}}", "phases.words", "delayed: 'dyn' already means arterial"),
+        ("phases: {minimum_slices: 0}", "phases.minimum_slices", "greater than or equal to 1"),
         ("store: {root: a, root: b}", "", "written twice"),
         ("store: [", "", "YAML"),
         ("- a", "", "mapping of sections"),
@@ -60,6 +86,15 @@ def complaint(text: str, tmp_path: Path) -> ConfigError:
 def test_a_mistake_names_file_key_and_what_was_expected(tmp_path, text, key, expected):
     error = complaint(text, tmp_path)
     assert key in error.key and expected in error.expected
+
+
+def test_a_site_writes_the_phase_windows_that_it_changes(tmp_path):
+    (tmp_path / "config.yaml").write_text("phases: {windows: {portal venous: [60, 90]}, words: {arterial: [dyn spät]}}")
+    found = config.load(tmp_path / "config.yaml").phases
+    assert found.windows["portal venous"] == (60, 90) and found.windows["arterial"] == (15, 50)
+    assert list(found.windows) == ["pre", "arterial", "portal venous", "delayed", "hepatobiliary"]
+    assert found.words == {"arterial": ("dyn spät",)}
+    assert config.load(SHIPPED).phases == config.Config().phases
 
 
 def test_the_shipped_file_is_valid_and_shows_every_key_with_its_default(tmp_path):

@@ -23,6 +23,7 @@ import tiny_engine
 from pydicom.dataset import FileDataset, FileMetaDataset
 
 from dicom_node.config import Config, Engines, Indication, Infer, Route, Store
+from dicom_node.config_phases import Rules
 from dicom_node.errors import NodeStoppingError, WorkerError
 from dicom_node.log import Log
 from dicom_node.metrics import Metrics
@@ -41,13 +42,14 @@ import numpy as np
 from dicom_node.engine import Prediction, Selection, UnitPrediction
 from dicom_node.result import FrameRef, Refusal, RefusalCode
 
-def select(study, clinical):
+def select(study, clinical, site):
     first = study.instances[0]
     if first.header.text("SeriesDescription") == "refuse":
         return Refusal(RefusalCode.ROI_REQUIRED, "no region")
     if first.header.text("SeriesDescription") == "nothing":
         return None
-    return Selection((first,), "R", parameters={k: str(v.value) for k, v in clinical.items()})
+    said = {k: str(v.value) for k, v in clinical.items()}
+    return Selection((first,), "R", parameters=said | {"arterial": str(site.phases.windows["arterial"])})
 
 def _forge(outcome):
     line = json.dumps({"kind": "done", "id": 1, **outcome}).encode() + b"\\n"
@@ -145,6 +147,7 @@ class Bench:
             engines=Engines(path=(folder / "engines",)),
             store=Store(root=self.root),
             infer=Infer(**{"memory_gb": 2} | infer),
+            phases=Rules(windows={"arterial": (18, 45)}),
         )
         self.client = WorkerClient(config, tasks, self.log, self.metrics)  # type: ignore[arg-type]
 
@@ -192,6 +195,11 @@ def test_a_job_gives_a_result_with_its_provenance_and_its_arrays(bench: Bench) -
     assert heatmap is not None
     assert np.load(bench.root / "spool" / heatmap.map.name, allow_pickle=False).shape == (2, 8, 8)
     assert bench.metrics.value("dicom_node_ood_ratio", route="tiny-route") == counted + 1
+
+
+def test_an_engine_is_told_what_the_site_has_set(bench: Bench) -> None:
+    made = result_from_json(json.loads(json.dumps(bench.run().result)))
+    assert made.provenance.parameters["arterial"] == "(18.0, 45.0)"
 
 
 def test_the_same_input_runs_nothing_again(bench: Bench) -> None:
@@ -248,6 +256,20 @@ def test_pixels_that_cannot_be_decoded_are_refused_with_the_transfer_syntax(benc
     assert reply.refusal is not None
     assert reply.refusal["code"] == "PIXELS_UNDECODABLE"
     assert "MPEG2" in reply.refusal["detail"]
+
+
+def test_a_colour_space_that_was_put_right_stands_in_the_report(bench: Bench, tmp_path: Path) -> None:
+    """PS3.3 C.7.6.3.1.2: tagged RGB, stored as YCbCr. The pixels were believed, and the reader is told."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
+    ds = FileDataset(str(tmp_path / "teal.dcm"), {}, file_meta=meta, preamble=bytes(128))
+    ds.Rows = ds.Columns = 32
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PlanarConfiguration = 3, "RGB", 0
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 8, 8, 7, 0
+    ds.PixelData = bytes((0, 128, 128)) * (32 * 32)
+    ds.save_as(tmp_path / "teal.dcm")
+    made = result_from_json(json.loads(json.dumps(bench.run("decode", path=tmp_path / "teal.dcm").result)))
+    assert made.provenance.parameters["pixel data corrected"] == "COLOR_SPACE_CORRECTED"
 
 
 def test_an_engine_that_is_not_loaded_is_not_available(bench: Bench) -> None:
@@ -355,7 +377,7 @@ def failing_tasks(engines: Path) -> dict[str, str]:
     tiny_engine.write_task(engines, ENGINE, "needy", libraries=["no_such_library_here"])
     tiny_engine.write_task(engines, "import no_such_library_here", "careless")
     tiny_engine.write_task(engines, "raise SystemExit('DOE^JANE')", "leaving")
-    tiny_engine.write_task(engines, "def select(study, clinical): ...", "half")
+    tiny_engine.write_task(engines, "def select(study, clinical, site): ...", "half")
     tiny_engine.write_task(engines, "import os; os.abort()", "poison")
     return {
         "tampered": "SHA-256 differs",

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dicom_node.pixels import dynamic_frames, dynamic_names, dynamic_split, geometry
-from dicom_node.pixels.dynamic_model import ORDER, PORTAL, Frame, PhasePlan, Plan, Rules, Stack
+from dicom_node.pixels.dynamic_model import ORDER, PORTAL, Frame, PhasePlan, Plan, Rules, Stack, own_rules
 from dicom_node.pixels.dynamic_split import Part
 from dicom_node.pixels.geometry import Grid
 from dicom_node.pixels.roi_model import FrameReader
@@ -34,6 +34,8 @@ _HALF_DAY = 43200.0
 _SAME_TIME_S = 1.0
 _SERIES = "series per phase"
 _SAME_SCALE = 1e-3
+_SPACING_OFF = 0.1
+"""Share of the measured spacing by which Spacing Between Slices may be off: scanners round it."""
 
 
 def plan(study: Study, rules: Rules | None = None) -> Plan | Refusal:
@@ -185,7 +187,9 @@ def _planned(parts: list[Part], groups: int, rules: Rules, notes: dict[str, str]
     if refusal is not None:
         return refusal
     how = sorted({p.rule for p in ordered if p.rule})
-    notes |= dict(named.notes) | _times_from(ordered)
+    notes |= dict(named.notes) | _times_from(ordered) | _written_spacing(phases)
+    if own := own_rules(rules):
+        notes["phase rules of the site"] = own
     if any(p.frames[0].part == "water" for p in ordered):
         notes["Dixon"] = "water images"
     private = _private_scale([f for p in ordered for f in p.frames])
@@ -233,6 +237,24 @@ def _lost_slices(phases: Sequence[PhasePlan]) -> Refusal | None:
             short = f"phase {index}: {phase.grid.shape[0]} of {whole.grid.shape[0]} slices"
             return Refusal(RefusalCode.SLICE_MISSING, short)
     return None
+
+
+def _written_spacing(phases: Sequence[PhasePlan]) -> dict[str, str]:
+    """Where Spacing Between Slices (0018,0088) is not the distance of the slices: the positions count, and it is said.
+
+    Slice Thickness (0018,0050) is not compared: gaps and interpolated slices make it another number by design.
+    """
+    off: dict[str, None] = {}
+    for phase in phases:
+        measured = float(phase.grid.edges[2])
+        written = {f.written_spacing_mm for f in phase.frames if f.written_spacing_mm is not None}
+        if phase.grid.shape[0] > 1:
+            off |= {
+                f"{measured:.2f} mm by position, {mm:.2f} mm written": None
+                for mm in sorted(written)
+                if math.isfinite(mm) and mm > 0 and abs(mm - measured) > _SPACING_OFF * measured
+            }
+    return {"slice spacing": f"{'; '.join(off)} (0018,0088): the positions were used"} if off else {}
 
 
 def _reference(phases: Sequence[PhasePlan]) -> int:

@@ -97,6 +97,7 @@ def _frame(instance: Instance, number: int, plane: Plane | None, groups: _Groups
             int(header.number("BitsAllocated") or 0), int(header.number("BitsStored") or 0),
             int(header.number("PixelRepresentation") or 0),
         ),
+        written_spacing_mm=groups.number("PixelMeasuresSequence", "SpacingBetweenSlices"),
     )  # fmt: skip
 
 

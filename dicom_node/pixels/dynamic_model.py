@@ -7,38 +7,40 @@ dynamic_names    what the phases are called, seconds after injection       dynam
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dicom_node.config_phases import ARTERIAL, DELAYED, HEPATOBILIARY, ORDER, PORTAL, PRE, Rules
 from dicom_node.pixels.geometry import Grid
 from dicom_node.pixels.roi_model import Plane
 from dicom_node.result import FrameRef
 from dicom_node.study import Instance
 
-PRE, ARTERIAL, PORTAL, DELAYED, HEPATOBILIARY = "pre", "arterial", "portal venous", "delayed", "hepatobiliary"
-ORDER = (PRE, ARTERIAL, PORTAL, DELAYED, HEPATOBILIARY)
+__all__ = [
+    "ARTERIAL", "DELAYED", "HEPATOBILIARY", "ORDER", "PORTAL", "PRE", "Frame", "PhasePlan", "Plan", "Rules", "Stack",
+    "own_rules",
+]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What a site or a model's card may set. Windows are seconds after the injection, after LI-RADS' terms."""
-
-    minimum_slices: int = 20
-    """A group of fewer slice positions is a localiser, a test bolus or a stray picture, and is left out."""
-    maximum_tr_ms: float = 10.0
-    """Spoiled gradient echo of a breath-hold; in-phase and opposed-phase 2D series have ten times as much."""
-    windows: Mapping[str, tuple[float, float]] = field(
-        default_factory=lambda: {
-            PRE: (-7200.0, 0.0), ARTERIAL: (15.0, 50.0), PORTAL: (55.0, 100.0), DELAYED: (120.0, 330.0),
-            HEPATOBILIARY: (600.0, 1800.0),
-        }
-    )  # fmt: skip
-    arm_to_liver_s: float = 25.0
-    """From the injection to the first phase after it, where the bolus start is not written."""
-    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """A site's own words for the phases, beside the usual ones."""
+def own_rules(rules: Rules) -> str:
+    """What a site has set otherwise than it is shipped, for the report; "" = nothing."""
+    usual = Rules()
+    said = [
+        f"{name} {rules.windows[name][0]:g} to {rules.windows[name][1]:g} s"
+        for name in ORDER
+        if rules.windows[name] != usual.windows[name]
+    ]
+    said += [f"{name} also called {', '.join(rules.words[name])}" for name in ORDER if rules.words.get(name)]
+    for text, mine, shipped in (
+        ("arm to liver {:g} s", rules.arm_to_liver_seconds, usual.arm_to_liver_seconds),
+        ("{} slices at least", rules.minimum_slices, usual.minimum_slices),
+        ("TR under {:g} ms", rules.maximum_tr_ms, usual.maximum_tr_ms),
+    ):
+        if mine != shipped:
+            said.append(text.format(mine))
+    return "; ".join(said)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +76,8 @@ class Frame:
     """Philips scale slope (2005,100E)."""
     stored_as: tuple[int, int, int]
     """Bits Allocated, Bits Stored, Pixel Representation."""
+    written_spacing_mm: float | None
+    """Spacing Between Slices (0018,0088): compared with the positions, never used."""
 
     @property
     def frame_of_reference(self) -> str:

@@ -11,13 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dicom_node.config_phases import PhaseName
 from dicom_node.pixels.dynamic_frames import moment
 from dicom_node.pixels.dynamic_model import ARTERIAL, DELAYED, HEPATOBILIARY, ORDER, PORTAL, PRE, Frame, Rules
 from dicom_node.pixels.dynamic_split import Part
 from dicom_node.result import Refusal, RefusalCode
 from dicom_node.study import Header
 
-_WORDS: dict[str, tuple[str, ...]] = {
+_WORDS: dict[PhaseName, tuple[str, ...]] = {
     PRE: (
         "pre", "prec", "precontrast", "nativ", "native", "nativphase", "plain", "unenhanced", "noncontrast",
         "nonenhanced", "non contrast", "ohne km", "vor km", "nativo", "sans contraste", "sans injection", "basal",
@@ -147,7 +148,7 @@ def _zero(
         after_pre += 1
     # A first phase that nobody calls arterial may as well be a late one: the delay would be a guess.
     if after_pre and after_pre < len(parts) and said[after_pre] == ARTERIAL:
-        delay = rules.arm_to_liver_s
+        delay = rules.arm_to_liver_seconds
         return clocks[after_pre] - delay, {"zero time": f"{delay:g} s before the first arterial phase"}
     return None, {"zero time": "first phase"}
 

@@ -27,6 +27,9 @@ _MOVES = 4.0
 """What moves more than this around a mark is tissue: in a frozen clip nothing is told apart."""
 _WHITE = 200
 
+MASKED = "drawn marks masked"
+"""Name of the algorithm parameter that says so."""
+
 
 def overlay_mask(frames: Sequence[NDArray[Any]], *, white: bool = True) -> NDArray[np.bool_]:
     """(H, W): True where something is drawn, in crops of one size from one clip, or in one still.
@@ -47,6 +50,19 @@ def without_overlay(grey: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray
         return grey
     nearest = ndimage.distance_transform_edt(mask, return_distances=False, return_indices=True)
     return np.asarray(grey[tuple(nearest)], dtype=np.uint8)
+
+
+def masked(mask: NDArray[np.bool_], *, white: bool = True) -> str:
+    """What the report says of marks that were masked on a crop; "" = none was found.
+
+    `white` = False: white marks were not looked for, in a still or beside echoes that are as white.
+    """
+    if not mask.any():
+        return ""
+    share = 100 * float(mask.mean())
+    much = f"{share:.1f} %" if share >= 0.05 else "less than 0.1 %"
+    said = f"{much} of the region; they may have told where a person looked"
+    return said if white else f"{said}; coloured marks only, white ones are not told from echoes here"
 
 
 def _colored(frame: NDArray[Any]) -> NDArray[np.bool_]:

@@ -20,11 +20,12 @@ from dicom_node.pixels.clip import clip_frames
 from dicom_node.pixels.contrast import MIN_RISE, contrast_arrival
 from dicom_node.pixels.grey import has_color, is_plausible_bmode, resize, tint, to_gray
 from dicom_node.pixels.laterality import laterality
-from dicom_node.pixels.overlay import overlay_mask, without_overlay
+from dicom_node.pixels.overlay import MASKED, masked, overlay_mask, without_overlay
 from dicom_node.result import Refusal, RefusalCode
 from dicom_node.study import Header
 
 __all__ = [
+    "MASKED",
     "CeusPanels",
     "Region",
     "ceus_panels",
@@ -36,6 +37,7 @@ __all__ = [
     "is_color_doppler",
     "is_plausible_bmode",
     "laterality",
+    "masked",
     "overlay_mask",
     "regions",
     "resize",

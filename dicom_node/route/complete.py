@@ -59,6 +59,7 @@ class CompleteStage:
     ) -> None:
         self._routes = {route.name: route for route in config.routes}
         self._query: Query | None = config.query
+        self._phases = config.phases
         self._ledger, self._path_of, self._clinical, self._pacs = ledger, path_of, clinical, pacs
         self._asks = asks
         self._log, self._recorder, self._follows = log, recorder, Follow(recorder)
@@ -79,7 +80,7 @@ class CompleteStage:
             study = studies.load_study(tx, job.study_uid, job.revision, self._path_of)
         series = job.payload.get("series", [])
         clinical = self._clinical(study, [r.engine for r in self._routes.values()], job.payload.get("clinical"))
-        missing = missing_requirements(route.require, study, clinical, series)
+        missing = missing_requirements(route.require, study, clinical, series, self._phases)
         if route.require.series_count and not missing and not job.payload.get("incomplete_accepted"):
             lacking, sure = self._fewer_than_the_pacs(study, series)
             if lacking and self._asked_again(job, lacking, sure=sure):

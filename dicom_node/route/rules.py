@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from dicom_node.config import Matcher, Require, Route
+from dicom_node.config_phases import Rules as PhaseRules
 from dicom_node.errors import ConfigError
 from dicom_node.result import ClinicalInput, Refusal, RefusalCode
 from dicom_node.route.facts import SeriesFacts, StudyFacts, lookup
@@ -125,12 +126,16 @@ def select_priority(route: Route, study: Study, priority_ae: Collection[str]) ->
 
 
 def missing_requirements(
-    require: Require, study: Study, clinical: Mapping[str, ClinicalInput], series: Collection[str] = ()
+    require: Require,
+    study: Study,
+    clinical: Mapping[str, ClinicalInput],
+    series: Collection[str] = (),
+    phases: PhaseRules | None = None,
 ) -> list[str]:
     """What `require` asks for and the study lacks, in words without PHI; [] = complete.
 
     `series` limits it to the series that matched (`Verdict.series`). `min_frames` is about the longest clip: two half
-    clips are not a whole one. `min_instances` counts the instances together.
+    clips are not a whole one. `min_instances` counts the instances together. `phases`: the section of config.yaml.
     """
     instances = [
         i
@@ -146,7 +151,7 @@ def missing_requirements(
     if require.min_instances is not None and len(instances) < require.min_instances:
         missing.append(f"min_instances {require.min_instances} (there are {len(instances)})")
     if require.phases:
-        missing += _missing_phases(require.phases, study, series)
+        missing += _missing_phases(require.phases, study, series, phases)
     missing += [f"clinical {name}" for name in missing_values(require, clinical)]
     return missing
 
@@ -157,12 +162,14 @@ def missing_values(require: Require, clinical: Mapping[str, ClinicalInput]) -> l
     return [name for name in require.clinical if name.casefold() not in known]
 
 
-def _missing_phases(wanted: Iterable[str], study: Study, series: Collection[str]) -> list[str]:
+def _missing_phases(
+    wanted: Iterable[str], study: Study, series: Collection[str], rules: PhaseRules | None
+) -> list[str]:
     """Contrast phases that the headers do not establish. What cannot be told apart counts as missing, and says why."""
     from dicom_node.pixels import dynamic  # imported late: numpy, for the routes that ask for phases only
 
     matched = tuple(s for s in study.series if not series or s.series_instance_uid in series)
-    found = dynamic.plan(replace(study, series=matched))
+    found = dynamic.plan(replace(study, series=matched), rules)
     if isinstance(found, Refusal):
         return [f"phases {', '.join(wanted)} ({found})"]
     known = {name.casefold() for name in found.names}

@@ -51,8 +51,11 @@ def read_header(path: Path, fallback_charset: str = "") -> Header:
 
 
 def header_of(data: bytes, transfer_syntax_uid: str) -> Header:
-    """The same of a data set in memory, without a meta group. Raises CannotUnderstandError."""
-    return _Reader(data).read(0, len(data), encoding_of(transfer_syntax_uid))
+    """The same of a data set in memory, without a meta group: a notification, of which the UIDs are read.
+
+    Raises CannotUnderstandError.
+    """
+    return _Reader(data, "").read(0, len(data), encoding_of(transfer_syntax_uid))
 
 
 class _Level:

@@ -26,6 +26,8 @@ import numpy as np
 
 from dicom_node import decide, packages
 from dicom_node.config import Engines, Infer
+from dicom_node.config_phases import Rules as PhaseRules
+from dicom_node.engine import Site
 from dicom_node.errors import NodeError, PackageError
 from dicom_node.log import place_of, quiet_values
 from dicom_node.metrics import Deltas
@@ -71,6 +73,7 @@ class Worker:
         self._spool.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._engines = Engines.model_validate(setup["engines"])
         self._infer = Infer.model_validate(setup["infer"])
+        self._site = Site(PhaseRules.model_validate(setup["phases"]))
         self.deltas = Deltas()
         self.engines: dict[str, Loaded | Fault] = {}
         for task in setup["tasks"]:
@@ -118,7 +121,7 @@ class Worker:
         study = visible(study_from_json(job["study"]), frozenset(job["series"]))
         given = (ClinicalInput(**(c | {"code": Code(*c["code"])})) for c in job["clinical"])
         clinical = {value.key: value for value in given}
-        selection = engine.select(study, clinical)
+        selection = engine.select(study, clinical, self._site)
         if isinstance(selection, Refusal):
             return _refused(selection)
         about["input_digest"] = decide.input_digest(selection, clinical, engine.package)

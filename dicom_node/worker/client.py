@@ -76,6 +76,7 @@ class WorkerClient:
             "root": str(config.store.root.absolute()),
             "engines": config.engines.model_dump(mode="json"),
             "infer": config.infer.model_dump(mode="json"),
+            "phases": config.phases.model_dump(mode="json"),
         }
         self._tasks, self._log, self._recorder = tasks, log, recorder
         self._lock = threading.Lock()

@@ -18,7 +18,7 @@ from typing import Any, cast
 from numpy.typing import NDArray
 
 from dicom_node import decide, packages
-from dicom_node.engine import Engine, NoSuchModelError, Prediction, Selection
+from dicom_node.engine import Engine, NoSuchModelError, Prediction, Selection, Site
 from dicom_node.errors import PackageError, WorkerError
 from dicom_node.metrics import Recorder
 from dicom_node.packages import ModelPackage, Task
@@ -63,9 +63,9 @@ class Loaded:
         table = [asdict(line) for line in self.accepted]
         return {"error": "", **self.about(), "accepted": table, "seconds": round(self.seconds, 3)}
 
-    def select(self, study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | Refusal:
+    def select(self, study: Study, clinical: Mapping[str, ClinicalInput], site: Site) -> Selection | Refusal:
         """Headers only. Raises WorkerError when the answer is neither."""
-        answer = self.engine.select(study, clinical)
+        answer = self.engine.select(study, clinical, site)
         if isinstance(answer, Refusal):
             return answer
         if not isinstance(answer, Selection) or not answer.instances:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dicom_node.engine import PixelReader, Prediction, RunModel, Selection, UnitPrediction
+from dicom_node.engine import PixelReader, Prediction, RunModel, Selection, Site, UnitPrediction
 from dicom_node.pixels import dynamic, roi
 from dicom_node.result import ClinicalInput, Refusal, RefusalCode
 from dicom_node.study import Study
@@ -57,22 +57,23 @@ class Prepared:
 # --- headers ---------------------------------------------------------------------------------------------------------
 
 
-def select(study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | Refusal:
+def select(study: Study, clinical: Mapping[str, ClinicalInput], site: Site = Site()) -> Selection | Refusal:
     """The series of the phases, and the objects that outline something on them."""
     del clinical  # the published score uses the images alone
-    plan = _planned(study)
+    plan = _planned(study, site.phases)
     if isinstance(plan, Refusal):
         return plan
     marks = roi.marking(study, plan.instances)
     if not marks:
         return Refusal(RefusalCode.ROI_REQUIRED, "the study outlines no tumour on these phases")
     parameters = {"phases": ", ".join(plan.names), "phase encoding": plan.rule}
-    return Selection((*plan.instances, *marks), "", "", parameters | dict(plan.notes))
+    own = site.phases.model_dump(mode="json", exclude_defaults=True)
+    return Selection((*plan.instances, *marks), "", "", parameters | dict(plan.notes), own)
 
 
-def _planned(study: Study) -> dynamic.Plan | Refusal:
+def _planned(study: Study, rules: dynamic.Rules) -> dynamic.Plan | Refusal:
     """The four phases the network needs."""
-    plan = dynamic.plan(study)
+    plan = dynamic.plan(study, rules)
     if isinstance(plan, Refusal):
         return plan
     late = next((name for name in LATE if name in plan.names), LATE[0])
@@ -85,7 +86,7 @@ def _planned(study: Study) -> dynamic.Plan | Refusal:
 def predict(selection: Selection, pixels: PixelReader, run: RunModel) -> Prediction | Refusal:
     """One unit for each outlined lesion, at most the three largest."""
     study = Study.from_instances("", 0, selection.instances)
-    plan = _planned(study)
+    plan = _planned(study, dynamic.Rules.model_validate(selection.extra))
     if isinstance(plan, Refusal):
         return plan
     stack = dynamic.load(plan, pixels)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dicom_node.engine import PixelReader, Prediction, RunModel, Selection, UnitPrediction
+from dicom_node.engine import PixelReader, Prediction, RunModel, Selection, Site, UnitPrediction
 from dicom_node.pixels import ultrasound
 from dicom_node.result import ClinicalInput, FrameRef, Refusal, RefusalCode
 from dicom_node.study import Header, Instance, Study
@@ -58,9 +58,9 @@ class Prepared:
 # --- headers ---------------------------------------------------------------------------------------------------------
 
 
-def select(study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | Refusal:
+def select(study: Study, clinical: Mapping[str, ClinicalInput], site: Site = Site()) -> Selection | Refusal:
     """The contrast clips of the study in the order of their acquisition."""
-    del clinical  # the published score uses the images alone
+    del clinical, site  # the published score uses the images alone
     clips = [i for i in study.instances if i.sop_class_uid in _ULTRASOUND and i.number_of_frames > 1]
     with_agent = [i for i in clips if has_agent(i.header)]
     if not with_agent:
@@ -173,15 +173,28 @@ def prepare(instance: Instance, pixels: PixelReader) -> Prepared | Refusal:
     if len(numbers) < MIN_FRAMES:
         return Refusal(RefusalCode.TOO_FEW_FRAMES, f"{len(numbers)} frames at the times after arrival")
     picked = [frames[n - 1] for n in numbers] if step == 1 else pixels.frames(instance, numbers)
-    crops = np.stack([ultrasound.to_gray(panels.contrast.crop(frame)) for frame in picked])
-    x = np.stack([(ultrasound.resize(crop, INPUT_SIZE) / 255 - MEAN) / STD for crop in crops])[:, None]
+    shown = [panels.contrast.crop(frame) for frame in picked]
+    crops = np.stack([ultrasound.to_gray(crop) for crop in shown])
+    # A drawn mark is there before the agent comes; an enhanced vessel, however bright and still, is not.
+    before = [panels.contrast.crop(frames[k]) for k in _before(times_seen, arrival)]
+    drawn = ultrasound.overlay_mask([*before, *shown])
+    seen = (ultrasound.without_overlay(crop, drawn) for crop in crops)
+    x = np.stack([(ultrasound.resize(crop, INPUT_SIZE) / 255 - MEAN) / STD for crop in seen])[:, None]
     notes = {
         "panel": panels.evidence,
         "contrast arrival (s)": f"{arrival:.1f}",
         "frames": ", ".join(map(str, numbers)),
     }
+    if said := ultrasound.masked(drawn):
+        notes[ultrasound.MASKED] = said
     spacing = float(np.median(np.diff(times))) * 1000
     return Prepared(np.asarray(x, np.float32), crops, numbers, panels.contrast.bounds, spacing, notes)
+
+
+def _before(times: NDArray[np.float64], arrival: float) -> tuple[int, ...]:
+    """Indices of a few frames before the arrival, spread over that time."""
+    count = int(np.searchsorted(times, arrival))
+    return tuple(sorted({0, count // 2, max(count - 1, 0)}))
 
 
 def _at(times: NDArray[np.float64], arrival: float) -> tuple[int, ...]:

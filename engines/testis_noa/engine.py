@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, UnitPrediction
+from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, Site, UnitPrediction
 from dicom_node.pixels import roi, ultrasound
 from dicom_node.result import ClinicalInput, FrameRef, Refusal, RefusalCode
 from dicom_node.study import Header, Instance, Study
@@ -50,14 +50,16 @@ class Prepared:
     crops: NDArray[np.uint8]
     """(1, H, W), native resolution."""
     region: Box
+    masked: str
+    """What the report says of drawn marks on the crop; "" = none was found."""
 
 
 # --- headers ---------------------------------------------------------------------------------------------------------
 
 
-def select(study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | Refusal:
+def select(study: Study, clinical: Mapping[str, ClinicalInput], site: Site = Site()) -> Selection | Refusal:
     """The B-mode stills whose side is known, in the order of their acquisition, and the objects with regions."""
-    del clinical  # fused by the node
+    del clinical, site  # fused by the node
     stills = [i for i in study.instances if _is_still(i)]
     if not stills:
         return Refusal(RefusalCode.NO_SUITABLE_IMAGE, "no ultrasound still of the scrotum")
@@ -121,6 +123,8 @@ def predict(selection: Selection, pixels: PixelReader, run: RunModel) -> Predict
             notes[f"{name}: not assessed"] = str(place)
         else:
             notes[f"{name}: region of interest"] = place.said
+            if place.prepared.masked:
+                notes[f"{name}: {ultrasound.MASKED}"] = place.prepared.masked
             units.append(_scored(name, side, place, run))
     if not units:
         return refusals[0]
@@ -186,7 +190,7 @@ def _located(instance: Instance, pixels: PixelReader, run: RunModel) -> Box | Re
     pane = panes[0]
     (frame,) = pixels.frames(instance, (1,))
     try:
-        out = run("locator", {"x": locator_input(ultrasound.to_gray(pane.crop(frame)))})
+        out = run("locator", {"x": locator_input(_unmarked(pane.crop(frame))[0])})
     except NoSuchModelError:
         return Refusal(RefusalCode.ROI_REQUIRED, "no region drawn, and the package has no locator")
     cells = np.asarray(out["probability"], np.float32)[0, 0]
@@ -201,6 +205,12 @@ def _located(instance: Instance, pixels: PixelReader, run: RunModel) -> Box | Re
         pane.x0 + round((columns[-1] + 1) * across) - 1,
         pane.y0 + round((rows[-1] + 1) * down) - 1,
     )
+
+
+def _unmarked(crop: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Grey values without coloured calipers and lines, and where these were."""
+    drawn = ultrasound.overlay_mask([crop])
+    return ultrasound.without_overlay(ultrasound.to_gray(crop), drawn), drawn
 
 
 def locator_input(grey: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -232,9 +242,10 @@ def prepare(instance: Instance, pixels: PixelReader, box: Box | None = None) -> 
     if ultrasound.has_color([crop]):
         return Refusal(RefusalCode.WRONG_VIEW, "colour in the B-mode image")
     grey = np.ascontiguousarray(ultrasound.to_gray(crop))
-    seen = ultrasound.without_overlay(grey, ultrasound.overlay_mask([crop]))
+    seen, drawn = _unmarked(crop)
     x = (ultrasound.resize(seen, INPUT_SIZE) / 255 - MEAN) / STD
-    return Prepared(np.asarray(x[None, None], np.float32), grey[None], (left, top, right, bottom))
+    told = ultrasound.masked(drawn, white=False)  # one picture: nothing moves around a white mark
+    return Prepared(np.asarray(x[None, None], np.float32), grey[None], (left, top, right, bottom), told)
 
 
 # --- units -----------------------------------------------------------------------------------------------------------

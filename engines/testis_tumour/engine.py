@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, UnitPrediction
+from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, Site, UnitPrediction
 from dicom_node.pixels import roi, ultrasound
 from dicom_node.result import ClinicalInput, FrameRef, Refusal, RefusalCode
 from dicom_node.study import Instance, Study
@@ -95,14 +95,16 @@ class Prepared:
     """That part of `image`."""
     corner: tuple[int, int]
     """Row and column of the first pixel of `image`, from the first pixel of the resampled panel."""
+    masked: str = ""
+    """What the report says of drawn marks on `crop`; "" = none was found."""
 
 
 # --- headers ---------------------------------------------------------------------------------------------------------
 
 
-def select(study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | Refusal:
+def select(study: Study, clinical: Mapping[str, ClinicalInput], site: Site = Site()) -> Selection | Refusal:
     """B-mode pictures with a known pixel spacing, and the objects that may mark a region on them."""
-    del clinical  # the node fuses
+    del clinical, site  # the node fuses
     pictures = [i for i in study.instances if i.sop_class_uid in _ULTRASOUND]
     if not pictures:
         return Refusal(RefusalCode.NO_SUITABLE_IMAGE, "no ultrasound image")
@@ -190,7 +192,7 @@ def _located(pictures: Sequence[Instance], pixels: PixelReader, run: RunModel) -
         frame = next(iter(pixels.frames(instance, (1,))), None)
         if panel is None or frame is None or ultrasound.has_color([panel.crop(frame)]):
             continue
-        grey = panel.crop(ultrasound.to_gray(frame))
+        grey, _ = _unmarked(panel.crop(frame))
         try:
             out = run("locator", {"x": locator_input(grey)})
         except NoSuchModelError:
@@ -201,6 +203,12 @@ def _located(pictures: Sequence[Instance], pixels: PixelReader, run: RunModel) -
         mask = np.zeros(frame.shape[:2], np.bool_)
         panel.crop(mask)[:] = ultrasound.resize(place.astype(np.float32), grey.shape) > 0.5
         yield _Marked(instance, 1, mask, "auto", 1, *ultrasound.laterality(instance.header))
+
+
+def _unmarked(tissue: NDArray[Any]) -> tuple[Image, NDArray[np.bool_]]:
+    """Grey values without coloured calipers and lines, and where these were."""
+    marks = ultrasound.overlay_mask([tissue])
+    return ultrasound.without_overlay(ultrasound.to_gray(tissue), marks), marks
 
 
 def locator_input(grey: Image) -> NDArray[np.float32]:
@@ -223,6 +231,8 @@ def _assess(
     margin = margins(out["logits"])[0]
     shown = sensitivity(fine, inside, margin, run)
     notes |= {f"{name}: region of interest": lesion.source, f"{name}: area (mm2)": f"{inside.sum() * 0.01:.1f}"}
+    if prepared.masked:
+        notes[f"{name}: {ultrasound.MASKED}"] = prepared.masked
     instance = lesion.instance
     return UnitPrediction(
         tracking_identifier=name,
@@ -247,7 +257,7 @@ def prepare(frame: NDArray[Any], panel: ultrasound.Region, mask: NDArray[np.bool
         return Refusal(RefusalCode.WRONG_VIEW, "colour in the B-mode image")
     if panel.spacing_mm is None:
         return Refusal(RefusalCode.CALIBRATION_MISSING, "no physical pixel spacing")
-    grey = ultrasound.without_overlay(ultrasound.to_gray(tissue), ultrasound.overlay_mask([tissue]))
+    grey, marks = _unmarked(tissue)
     drawn = panel.crop(mask)
     size = tuple(max(1, round(n * mm / NATIVE_MM)) for n, mm in zip(grey.shape, panel.spacing_mm, strict=True))
     share = np.rint(ultrasound.resize(drawn.astype(np.float32), (size[0], size[1])) * 255).astype(np.uint8)
@@ -270,10 +280,11 @@ def prepare(frame: NDArray[Any], panel: ultrasound.Region, mask: NDArray[np.bool
     return Prepared(
         image[clipped],
         np.where(outside, 0, share[clipped]).astype(np.uint8),
-        np.ascontiguousarray(grey[y0:y1, x0:x1]),
+        np.ascontiguousarray(ultrasound.to_gray(tissue[y0:y1, x0:x1])),
         (panel.x0 + x0, panel.y0 + y0, panel.x0 + x1 - 1, panel.y0 + y1 - 1),
         (inner[0], inner[1]),
         (spans[0][0], spans[1][0]),
+        ultrasound.masked(marks[y0:y1, x0:x1], white=False),  # one picture: nothing moves around a white mark
     )
 
 

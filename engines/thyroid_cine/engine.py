@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, UnitPrediction
+from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, Site, UnitPrediction
 from dicom_node.pixels import roi, ultrasound
 from dicom_node.result import ClinicalInput, FrameRef, Refusal, RefusalCode
 from dicom_node.study import Header, Instance, Study
@@ -50,14 +50,16 @@ class Prepared:
     """Frame numbers from 1."""
     region: Box
     frame_ms: float
+    masked: str
+    """What the report says of drawn marks on the crops; "" = none was found."""
 
 
 # --- headers ---------------------------------------------------------------------------------------------------------
 
 
-def select(study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | Refusal:
+def select(study: Study, clinical: Mapping[str, ClinicalInput], site: Site = Site()) -> Selection | Refusal:
     """The B-mode clips in the order of their acquisition, and the objects that mark regions on them."""
-    del clinical  # the published score uses the images alone
+    del clinical, site  # the published score uses the images alone
     clips = [i for i in study.instances if i.sop_class_uid in _CINE and i.number_of_frames > 1]
     if not clips:
         return Refusal(RefusalCode.NO_SUITABLE_IMAGE, "no multi-frame ultrasound")
@@ -112,28 +114,34 @@ def predict(selection: Selection, pixels: PixelReader, run: RunModel) -> Predict
             refusals.append(prepared)
             notes[f"Nodule {number}: not assessed"] = str(prepared)
         else:
-            units.append(_scored(f"Nodule {number}", clip, prepared, region.source, run))
+            units.append(_scored(f"Nodule {number}", clip, prepared, region.source, run, notes))
     if not marked:
-        located = _first_located(clips, pixels, run)
+        located = _first_located(clips, pixels, run, notes)
         if isinstance(located, Refusal):
             return located
         units.append(located)
     return Prediction(tuple(units), notes) if units else refusals[0]
 
 
-def _first_located(clips: list[Instance], pixels: PixelReader, run: RunModel) -> UnitPrediction | Refusal:
+def _first_located(
+    clips: list[Instance], pixels: PixelReader, run: RunModel, notes: dict[str, str]
+) -> UnitPrediction | Refusal:
     why: list[Refusal] = []
     for clip in clips:
         box = locate(clip, pixels, run)
         prepared = box if isinstance(box, Refusal) else prepare(clip, pixels, box)
         if isinstance(prepared, Prepared):
-            return _scored("Nodule 1", clip, prepared, "auto", run)
+            return _scored("Nodule 1", clip, prepared, "auto", run, notes)
         why.append(prepared)
     return why[0]
 
 
-def _scored(name: str, clip: Instance, prepared: Prepared, source: str, run: RunModel) -> UnitPrediction:
+def _scored(
+    name: str, clip: Instance, prepared: Prepared, source: str, run: RunModel, notes: dict[str, str]
+) -> UnitPrediction:
     out = run("classifier", {"x": prepared.x})
+    if prepared.masked:
+        notes[f"{name}: {ultrasound.MASKED}"] = prepared.masked
     return UnitPrediction(
         tracking_identifier=name,
         logits=np.asarray(out["logits"], np.float32)[0],
@@ -156,9 +164,11 @@ def locate(clip: Instance, pixels: PixelReader, run: RunModel) -> Box | Refusal:
         return pane
     count = clip.number_of_frames
     numbers = tuple(int(n) for n in np.linspace(1, count, LOCATOR_FRAMES + 2).round()[1:-1])
-    grey = [ultrasound.to_gray(pane.crop(frame)) for frame in pixels.frames(clip, numbers)]
-    if not grey:
+    crops = [pane.crop(frame) for frame in pixels.frames(clip, numbers)]
+    if not crops:
         return Refusal(RefusalCode.TOO_FEW_FRAMES, "the pixel data hold fewer frames than promised")
+    drawn = ultrasound.overlay_mask(crops, white=False)  # or the place would be where a person put the calipers
+    grey = [ultrasound.without_overlay(ultrasound.to_gray(c), drawn) for c in crops]
     try:
         out = run("locator", {"x": locator_input(grey)})
     except NoSuchModelError:
@@ -219,8 +229,9 @@ def prepare(clip: Instance, pixels: PixelReader, box: Box | None = None) -> Prep
     drawn = ultrasound.overlay_mask(crops, white=False)  # a calcification is white and may stand still
     seen = (ultrasound.without_overlay(g, drawn) for g in grey)
     x = np.stack([(ultrasound.resize(g, INPUT_SIZE) / 255 - MEAN) / STD for g in seen])[None, None]
+    told = ultrasound.masked(drawn, white=False)
     step = float(np.median(np.diff(times[[n - 1 for n in numbers]]))) * 1000
-    return Prepared(np.asarray(x, np.float32), grey, numbers, (left, top, right, bottom), step)
+    return Prepared(np.asarray(x, np.float32), grey, numbers, (left, top, right, bottom), step, told)
 
 
 def _spread(times: NDArray[np.float64]) -> tuple[int, ...]:

@@ -18,9 +18,10 @@ import yaml
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from dicom_node.engine import Prediction, Selection
+from dicom_node.engine import Prediction, Selection, Site
 from dicom_node.packages import Task
 from dicom_node.pixels.decode import PixelDecoder
+from dicom_node.pixels.dynamic import Rules
 from dicom_node.result import Refusal, RefusalCode
 from dicom_node.study import Instance, Study
 from engines.liver_dce import engine, objects, phantom
@@ -115,6 +116,21 @@ def test_engine_imports_only_what_an_engine_may() -> None:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for name in names:
                 assert name.split(".")[0] not in third_party or any(name.startswith(a) for a in allowed), name
+
+
+def test_a_site_names_the_phases_by_its_own_windows(exam: phantom.Exam) -> None:
+    """Select and predict go by the same rules, which count in the input digest and stand in the report."""
+    study, reader = _study(exam, "times")
+    usual = engine.select(study, {})
+    own = engine.select(study, {}, Site(Rules(words={"delayed": ("spezial",)})))
+    assert isinstance(usual, Selection) and isinstance(own, Selection)
+    assert dict(usual.extra) == {} and own.extra["words"] == {"delayed": ["spezial"]}
+    assert own.parameters["phase rules of the site"] == "delayed also called spezial"
+    answer = engine.predict(own, reader, Recorder())
+    assert isinstance(answer, Prediction)
+    assert answer.parameters["phase rules of the site"] == "delayed also called spezial"
+    refused = engine.select(study, {}, Site(Rules(windows={"portal venous": (90, 110)})))
+    assert isinstance(refused, Refusal) and refused.code == RefusalCode.PHASE_MISSING
 
 
 @pytest.mark.parametrize("encoding", objects.ENCODINGS)

@@ -163,6 +163,58 @@ def test_the_banner_never_reaches_the_model_or_a_picture(
     assert np.array_equal(first.units[0].frames, second.units[0].frames)
 
 
+class _Painted(PixelDecoder):
+    """The clip with a thin cross in the contrast panel, from a frame on."""
+
+    def __init__(self, colour: tuple[int, int, int], first: int = 1) -> None:
+        super().__init__()
+        self._colour, self._first = colour, first
+
+    def frames(self, instance: Instance, numbers: Any = None) -> Any:
+        x0, y0, x1, y1 = phantom.make(31, 1, frames=1).contrast
+        y, x = (y0 + y1) // 2, (x0 + x1) // 2
+        wanted = range(1, instance.number_of_frames + 1) if numbers is None else numbers
+        for number, frame in zip(wanted, super().frames(instance, numbers), strict=True):
+            if number >= self._first:
+                frame = frame.copy()
+                frame[y - 8 : y + 9, x] = frame[y, x - 8 : x + 9] = self._colour
+            yield frame
+
+
+@pytest.mark.parametrize("colour", [(255, 255, 0), (255, 255, 255)], ids=["yellow", "white"])
+def test_calipers_are_masked_and_the_report_says_so(
+    phantom_file: Make, instance_of: MakeInstance, study_of: MakeStudy, colour: tuple[int, int, int]
+) -> None:
+    instance = instance_of(phantom_file(31, 1, "raw"))
+    selection = engine.select(study_of(instance), {})
+    assert isinstance(selection, Selection)
+    clean, marked = Recorder(), Recorder()
+    first = engine.predict(selection, PixelDecoder(), clean)
+    second = engine.predict(selection, _Painted(colour), marked)
+    assert isinstance(first, Prediction)
+    assert isinstance(second, Prediction)
+    assert "Lesion 1: drawn marks masked" not in first.parameters
+    said = second.parameters["Lesion 1: drawn marks masked"]
+    assert said.endswith("% of the region; they may have told where a person looked")
+    assert np.abs(clean.seen[0] - marked.seen[0]).max() < 1.5  # 4 from black to white
+    assert (second.units[0].frames >= 220).sum() > (first.units[0].frames >= 220).sum() + 100, "the picture shows them"
+
+
+def test_a_vessel_that_is_bright_only_once_the_agent_is_there_is_no_mark(
+    phantom_file: Make, instance_of: MakeInstance, study_of: MakeStudy
+) -> None:
+    instance = instance_of(phantom_file(31, 1, "raw"))
+    clip = phantom.make(31, 1, frames=1)
+    reader = _Painted((255, 255, 255), first=int((clip.arrival_s + 2.0) / clip.frame_ms * 1000))
+    selection = engine.select(study_of(instance), {})
+    assert isinstance(selection, Selection)
+    run = Recorder()
+    answer = engine.predict(selection, reader, run)
+    assert isinstance(answer, Prediction)
+    assert "Lesion 1: drawn marks masked" not in answer.parameters
+    assert run.seen[0].max() > 2.5, "the model sees it"
+
+
 def test_patient_and_descriptions_change_nothing_and_pixels_do(
     phantom_file: Make, instance_of: MakeInstance, study_of: MakeStudy
 ) -> None:

@@ -387,3 +387,46 @@ def test_the_recipe_of_the_readme_writes_a_region_that_the_engine_takes(
     if shutil.which("dciodvfy"):
         said = subprocess.run(["dciodvfy", str(tmp_path / "seg.dcm")], capture_output=True, text=True).stderr
         assert "Error" not in said, said
+
+
+class _Painted(PixelDecoder):
+    """Stills with calipers of a colour on the testis."""
+
+    def __init__(self, colour: tuple[int, int, int], y: int, x: int) -> None:
+        super().__init__()
+        self._colour, self._at = colour, (y, x)
+
+    def frames(self, instance: Instance, numbers: Any = None) -> Any:
+        y, x = self._at
+        for frame in super().frames(instance, numbers):
+            if instance.header.text("Modality") != "US":
+                yield frame
+                continue
+            painted = np.repeat(frame[..., None], 3, axis=2) if frame.ndim == 2 else frame.copy()
+            painted[y - 8 : y + 9, x] = painted[y, x - 8 : x + 9] = self._colour
+            yield painted
+
+
+@pytest.mark.parametrize("names", [("us-1", "seg-1"), ("us-1",)], ids=["drawn", "located"])
+def test_coloured_calipers_are_masked_for_every_model_and_the_report_says_so(
+    names: tuple[str, ...], study: Callable[..., Study]
+) -> None:
+    """White ones cannot be told from echoes in a still: nothing is guessed, and the report says it."""
+    still = phantom.make(5, 1).stills[0]
+    ys, xs = np.nonzero(still.mask)
+    y, x = int(ys.mean()), int(xs.mean())
+    selection = engine.select(study(*names), {})
+    assert isinstance(selection, Selection)
+    seen, parameters = {}, {}
+    readers = {"plain": PixelDecoder(), "yellow": _Painted((255, 255, 0), y, x), "white": _Painted((255,) * 3, y, x)}
+    for kind, reader in readers.items():
+        run = Models(_located(still))
+        answer = engine.predict(selection, reader, run)
+        assert isinstance(answer, Prediction)
+        seen[kind], parameters[kind] = run.seen, answer.parameters
+    told = "Right testis: drawn marks masked"
+    assert told not in parameters["plain"] and told not in parameters["white"]
+    assert "they may have told where a person looked; coloured marks only" in parameters["yellow"][told]
+    for name in ("classifier", "locator") if names == ("us-1",) else ("classifier",):
+        (plain,), (yellow,), (white,) = seen["plain"][name], seen["yellow"][name], seen["white"][name]
+        assert 0 < abs(float((yellow - plain).sum())) < 0.4 * float((white - plain).sum()), name

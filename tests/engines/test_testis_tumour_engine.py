@@ -331,6 +331,43 @@ def test_colour_in_the_panel_is_refused(made: phantom.Still) -> None:
     assert answer.code == RefusalCode.WRONG_VIEW
 
 
+@pytest.mark.parametrize("kinds", [("us", "seg"), ("us",)], ids=["drawn", "located"])
+def test_coloured_calipers_are_masked_for_every_model_and_the_report_says_so(
+    kinds: tuple[str, ...], made: phantom.Still, files: Callable[..., list[Instance]]
+) -> None:
+    ys, xs = np.nonzero(made.roi)
+    y, x = int(ys.mean()) + made.region[1], int(xs.mean()) + made.region[0]
+
+    class Painted(PixelDecoder):
+        def __init__(self, colour: tuple[int, int, int]) -> None:
+            super().__init__()
+            self._colour = colour
+
+        def frames(self, instance: Instance, numbers: Any = None) -> Any:
+            for frame in super().frames(instance, numbers):
+                if instance.header.text("Modality") != "US":
+                    yield frame
+                    continue
+                painted = np.repeat(frame[..., None], 3, axis=2) if frame.ndim == 2 else frame.copy()
+                painted[y - 8 : y + 9, x] = painted[y, x - 8 : x + 9] = self._colour
+                yield painted
+
+    seen, parameters = {}, {}
+    for kind, reader in {
+        "plain": PixelDecoder(), "yellow": Painted((255, 255, 0)), "white": Painted((255, 255, 255)),
+    }.items():  # fmt: skip
+        models = Models(np.pad(np.ones((30, 30), np.float32), ((17, 17), (21, 21))))
+        answer, run = _predict(files(*kinds), models, reader)
+        assert isinstance(answer, Prediction)
+        seen[kind], parameters[kind] = run.seen, answer.parameters
+    told = "Lesion 1: drawn marks masked"
+    assert told not in parameters["plain"] and told not in parameters["white"]
+    assert "they may have told where a person looked; coloured marks only" in parameters["yellow"][told]
+    for name in ("superres", "locator") if kinds == ("us",) else ("superres",):
+        plain, yellow, white = seen["plain"][name][0], seen["yellow"][name][0], seen["white"][name][0]
+        assert 0 < abs(float((yellow - plain).sum())) < 0.4 * float((white - plain).sum()), name
+
+
 # --- sensitivity map -------------------------------------------------------------------------------------------------
 
 

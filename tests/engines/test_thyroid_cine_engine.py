@@ -391,6 +391,35 @@ def test_colour_that_no_header_admits_is_seen_in_the_pixels(study: Callable[...,
     assert answer.code == RefusalCode.WRONG_VIEW
 
 
+@pytest.mark.parametrize("names", [("clip", "seg"), ("clip",)], ids=["drawn", "located"])
+def test_calipers_are_masked_for_every_model_and_the_report_says_so(
+    names: tuple[str, ...], clip: phantom.Clip, study: Callable[..., Study]
+) -> None:
+    ys, xs = np.nonzero(clip.nodule)
+    y, x = int(ys.mean()), int(xs.mean())
+
+    def calipers(frame: NDArray[np.uint8]) -> None:
+        frame[y - 6 : y + 7, x] = frame[y, x - 6 : x + 7] = (255, 255, 0)
+
+    def unseen(frame: NDArray[np.uint8]) -> None:
+        frame[y - 6 : y + 7, x] = frame[y, x - 6 : x + 7] = 255
+
+    plain, marked, bright = (Models(_located(clip)) for _ in range(3))
+    first = _predict(study(*names), plain)
+    second = _predict(study(*names), marked, _Painted(calipers))
+    _predict(study(*names), bright, _Painted(unseen))
+    assert isinstance(first, Prediction)
+    assert isinstance(second, Prediction)
+    said = second.parameters["Nodule 1: drawn marks masked"]
+    assert "% of the region; they may have told where a person looked" in said
+    assert said.endswith("coloured marks only, white ones are not told from echoes here")
+    assert "Nodule 1: drawn marks masked" not in first.parameters
+    for name in ("classifier", "locator") if "seg" not in names else ("classifier",):
+        ((a,), (b,), (c,)) = plain.seen[name], marked.seen[name], bright.seen[name]
+        assert 0 < abs(float((b - a).sum())) < 0.4 * float((c - a).sum()), name
+    assert (second.units[0].frames != first.units[0].frames).any(), "the picture shows what the scanner showed"
+
+
 def test_a_clip_without_a_stated_image_region_is_not_used(study: Callable[..., Study]) -> None:
     """Nobody could say where the banner with the patient's name ends."""
     changes = {"clip": {"SequenceOfUltrasoundRegions": None}}

@@ -36,7 +36,9 @@ def test_a_sites_own_word() -> None:
     assert words_of("TRUE FISP X7", Rules(words={"arterial": ("fisp",)})) == {"arterial"}
 
 
-def planned(folder: Path, seconds: tuple[float, ...], words: tuple[str, ...], **values: object) -> Plan:
+def planned(
+    folder: Path, seconds: tuple[float, ...], words: tuple[str, ...], rules: Rules | None = None, **values: object
+) -> Plan:
     d = dce.Dce()
 
     def mark(ds: Dataset, p: int, s: int) -> None:
@@ -45,7 +47,7 @@ def planned(folder: Path, seconds: tuple[float, ...], words: tuple[str, ...], **
         for key, value in values.items():
             setattr(ds, key, value)
 
-    found = dynamic.plan(dce.study(folder, d.datasets(mark, one_series=False)))
+    found = dynamic.plan(dce.study(folder, d.datasets(mark, one_series=False)), rules)
     assert isinstance(found, Plan), found
     return found
 
@@ -103,3 +105,39 @@ def test_the_contrast_attribute_names_a_phase_and_may_not_contradict_its_time(tm
     assert isinstance(found, Plan) and found.names == dce.NAMES
     assert [p.named_by for p in found.phases] == ["attribute", "attribute", "time", "attribute"]
     assert str(of(("", "DELAYED", "", ""))) == "PHASE_LABEL_CONFLICT(phase 2, delayed, at 25 s)"
+
+
+def test_a_site_names_the_phases_by_its_own_windows_words_and_delay_and_the_notes_say_so(tmp_path: Path) -> None:
+    seconds, plain = (-20.0, 25.0, 70.0, 180.0), ("t1",) * 4
+    assert planned(tmp_path / "a", seconds, plain).names == dce.NAMES
+    late = Rules(windows={"arterial": (15, 65), "portal venous": (75, 110)})
+    found = planned(tmp_path / "b", seconds, plain, late)
+    assert found.names == ("pre", "arterial", "phase 3", "delayed")
+    said = "arterial 15 to 65 s; portal venous 75 to 110 s"
+    assert found.notes["phase rules of the site"] == said
+    own = Rules(words={"portal venous": ("zweite",)}, arm_to_liver_seconds=20.0)
+    words = ("nativ", "art", "Zweite_2", "t1")
+    found = planned(tmp_path / "c", seconds, words, own, ContrastBolusStartTime="")
+    assert found.names == dce.NAMES and found.phases[2].named_by == "description"
+    assert found.notes["zero time"] == "20 s before the first arterial phase"
+    assert found.notes["phase rules of the site"] == "portal venous also called zweite; arm to liver 20 s"
+    assert "phase rules of the site" not in planned(tmp_path / "d", seconds, words, Rules()).notes
+
+
+def test_a_written_slice_spacing_that_is_not_the_distance_of_the_slices_is_told_and_not_used(tmp_path: Path) -> None:
+    times, words = (-20.0, 25.0, 70.0, 180.0), ("nativ", "art", "pv", "delayed")
+    assert "slice spacing" not in planned(tmp_path / "a", times, words, SpacingBetweenSlices=3.25).notes
+    assert "slice spacing" not in planned(tmp_path / "b", times, words, SpacingBetweenSlices=0).notes
+    found = planned(tmp_path / "c", times, words, SpacingBetweenSlices=1.5, SliceThickness=6)
+    said = "3.00 mm by position, 1.50 mm written (0018,0088): the positions were used"
+    assert found.notes["slice spacing"] == said
+    assert found.phases[0].grid.edges[2] == pytest.approx(3.0)
+
+
+def test_the_slice_spacing_of_enhanced_mr_is_compared_too(tmp_path: Path) -> None:
+    def mark(ds: Dataset, group: Dataset, p: int, s: int) -> None:
+        group.FrameContentSequence[0].TemporalPositionIndex = p + 1
+        ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices = 4
+
+    found = dynamic.plan(dce.study(tmp_path, [dce.Dce().enhanced(mark)]))
+    assert isinstance(found, Plan) and found.notes["slice spacing"].startswith("3.00 mm by position, 4.00 mm written")

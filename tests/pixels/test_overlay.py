@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dicom_node.pixels.overlay import overlay_mask, without_overlay
+from dicom_node.pixels.overlay import masked, overlay_mask, without_overlay
 
 
 def tissue(frames: int = 8, tint: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> NDArray[np.uint8]:
@@ -58,3 +58,12 @@ def test_flow_and_a_frozen_clip_are_no_marks() -> None:
     frozen = np.repeat(tissue(1), 8, axis=0)
     frozen[:, 20:22, 20:30] = 255  # a bright echo that stands still with everything else
     assert not overlay_mask(list(frozen)).any()
+
+
+def test_the_report_says_how_much_was_masked_and_what_was_not_looked_for() -> None:
+    mask = np.zeros((100, 100), np.bool_)
+    assert masked(mask) == ""
+    mask[:2, :20] = True
+    assert masked(mask) == "0.4 % of the region; they may have told where a person looked"
+    assert masked(mask, white=False).endswith("coloured marks only, white ones are not told from echoes here")
+    assert masked(np.eye(3000, dtype=np.bool_)).startswith("less than 0.1 % of the region")

@@ -153,6 +153,13 @@ def test_color_doppler_is_known_from_any_of_its_signs(values: dict[str, object],
         ({"ActualFrameDuration": 200}, [0, 0.2, 0.4, 0.6]),
         ({"FrameTime": 1000}, [0, 1, 2, 3]),
         ({"FrameTime": "not a number", "CineRate": 10}, [0, 0.1, 0.2, 0.3]),
+        # in the order of trust
+        ({"CineRate": 10, "RecommendedDisplayFrameRate": 20, "ActualFrameDuration": 25}, [0, 0.1, 0.2, 0.3]),
+        ({"RecommendedDisplayFrameRate": 20, "ActualFrameDuration": 25}, [0, 0.05, 0.1, 0.15]),
+        ({"FrameTime": 5}, [0, 0.005, 0.01, 0.015]),  # 200 a second
+        ({"FrameTime": 4.9, "CineRate": 20}, [0, 0.05, 0.1, 0.15]),
+        # how a viewer should play it is no time
+        ({"FrameTime": 40, "StartTrim": 2, "StopTrim": 3, "PreferredPlaybackSequencing": 1}, [0, 0.04, 0.08, 0.12]),
     ],
 )  # fmt: skip
 def test_frame_times(values: dict[str, object], expected: list[float]) -> None:

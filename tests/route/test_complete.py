@@ -203,6 +203,19 @@ def test_phases_are_told_from_the_headers(tmp_path):
     assert said.startswith("phases Arterial, delayed, hepatobiliary (PHASE_MISSING")
 
 
+def test_phases_are_named_by_the_rules_of_the_site(tmp_path):
+    d = dce.Dce()
+
+    def mark(ds: Dataset, phase: int, _slice: int) -> None:
+        ds.AcquisitionTime = dce.tm(d.time(phase))
+
+    study = dce.study(tmp_path, d.datasets(mark, one_series=False))
+    wanted = config.Require(phases=("delayed",))
+    assert missing_requirements(wanted, study, {}) == []
+    later = config.Config.model_validate({"phases": {"windows": {"delayed": [200, 330]}}}).phases
+    assert missing_requirements(wanted, study, {}, (), later) == ["phase delayed"]
+
+
 # -- the PACS
 
 
