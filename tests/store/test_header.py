@@ -155,6 +155,21 @@ def test_charset_of_nothing():
     assert charset_of(["", " "]).codecs == ()
 
 
+def test_equal_bytes_in_different_places_are_read_by_their_own_rules(read):
+    """Values are remembered by VR, bytes and byte order: neither character set nor sign may come from the last file."""
+    umlaut, two = b"M\xfcller", struct.pack("<h", -2)
+    latin, cyrillic = explicit(0x0008, 0x0005, b"CS", b"ISO_IR 100"), explicit(0x0008, 0x0005, b"CS", b"ISO_IR 144")
+    name = explicit(0x0010, 0x0010, b"PN", umlaut)
+    assert [read(c + name).text("PatientName") for c in (latin, cyrillic, latin)] == ["Müller", "Mќller", "Müller"]
+    signs = [implicit(0x0028, 0x0103, v) + implicit(0x0028, 0x0106, two) for v in (b"\1\0", b"\0\0", b"\1\0")]
+    assert [read(s, IMPLICIT)["SmallestImagePixelValue"] for s in signs] == [-2, 65534, -2]
+    big = struct.pack(">HH2sHh", 0x0028, 0x0107, b"SS", 2, -2)
+    assert read(explicit(0x0028, 0x0107, b"SS", two))["LargestImagePixelValue"] == -2
+    assert read(big, "1.2.840.10008.1.2.2")["LargestImagePixelValue"] == -2
+    same = explicit(0x0020, 0x0013, b"IS", b"12") + explicit(0x0020, 0x0010, b"SH", b"12")
+    assert (read(same)["InstanceNumber"], read(same)["StudyID"]) == (12, "12")
+
+
 def test_what_pydicom_reads_we_read_the_same(shared_data):
     compared = 0
     for path in (*shared_data.glob("us/*.dcm"), *list(shared_data.glob("mr/**/*.dcm"))[::4]):

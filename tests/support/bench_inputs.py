@@ -10,6 +10,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydicom import Dataset, dcmread, uid
 from pydicom.dataset import FileMetaDataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
 from scipy import ndimage
 
 from dicom_node.config import Config, load, shipped
@@ -29,10 +30,11 @@ from dicom_node.pixels import dynamic, ultrasound
 from dicom_node.pixels.decode import PixelDecoder, decode_file
 from dicom_node.result import Refusal
 from dicom_node.route import evaluate_all
-from dicom_node.store.header import read_header
-from dicom_node.store.part10 import read_meta
+from dicom_node.store.header import read_header, read_stored
 from dicom_node.study import Instance, Study
 from dicom_node.worker import WorkerClient
+from engines.renal_ceus import phantom
+from engines.training import dicomfile
 
 Array = NDArray[Any]
 INPUT_SIZE = (224, 224)
@@ -106,8 +108,9 @@ def read_all(paths: list[Path]) -> list[Instance]:
     """As the index stage does it, without the digest of the file."""
     found = []
     for number, path in enumerate(paths, start=1):
-        syntax = read_meta(path).transfer_syntax_uid
-        found.append(Instance(f"{number:032x}", read_header(path), syntax, "0" * 64, path, "A", "B", "", "", 0.0))
+        meta, header = read_stored(path)
+        syntax = meta.transfer_syntax_uid
+        found.append(Instance(f"{number:032x}", header, syntax, "0" * 64, path, "A", "B", "", "", 0.0))
     return found
 
 
@@ -224,20 +227,28 @@ class _Job:
     payload: dict[str, Any] = {}  # noqa: RUF012
 
 
-def contrast_clip(path: Path, frames: int = 300, rows: int = 768, columns: int = 1024) -> Path:
-    """A clip on which the agent arrives after five seconds: dark, then rising, in one gold-tinted image."""
-    clip(path, 2, rows, columns)
-    ds = dcmread(path)
-    ds.NumberOfFrames, ds.FrameTime, ds.ContrastBolusAgent = frames, "100", "SonoVue"
-    speckle, gold = bmode(rows, columns, 1).astype(np.float32), np.array([1.0, 0.75, 0.3], np.float32)
-    encoded = []
-    for k in range(frames):
-        level = 0.15 + 0.85 / (1.0 + np.exp(-(k / 10 - 8.0)))
-        buffer = io.BytesIO()
-        shown = np.roll(speckle, k % 7, axis=1) * gold * np.float32(level)
-        Image.fromarray(shown.astype(np.uint8)).save(buffer, "JPEG", quality=80)
-        encoded.append(buffer.getvalue())
-    ds.PixelData = encapsulate(encoded)
+def contrast_clip(path: Path, frames: int = 300, rows: int = 768, columns: int = 1024, seed: int = 501) -> Path:
+    """A renal phantom of the engine's own generator, shown twice as large on a larger screen, its frames repeated.
+
+    Each panel, brought to the network's size, is the phantom's again: the engine scores it like any other.
+    """
+    made = phantom.make(seed, 1)
+    large = made.frames.repeat(2, axis=1).repeat(2, axis=2)
+    top, left = (rows - large.shape[1]) // 32 * 16, (columns - large.shape[2]) // 32 * 16
+    screen = np.zeros((len(large), rows, columns, 3), np.uint8)
+    screen[:, top : top + large.shape[1], left : left + large.shape[2]] = large
+
+    def moved(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        x0, y0, x1, y1 = box
+        return left + 2 * x0, top + 2 * y0, left + 2 * x1 + 1, top + 2 * y1 + 1
+
+    shown = replace(
+        made, frames=screen, contrast=moved(made.contrast), tissue=moved(made.tissue), mm_per_px=made.mm_per_px / 2
+    )
+    ds = dicomfile.dataset(shown, "jpeg")
+    encoded = list(generate_frames(ds.PixelData, number_of_frames=len(screen)))
+    ds.PixelData = encapsulate([encoded[k * len(encoded) // frames] for k in range(frames)])
+    ds.NumberOfFrames, ds.FrameTime = frames, f"{made.frame_ms * len(encoded) / frames:.3f}"
     ds.save_as(path, enforce_file_format=True)
     return path
 
