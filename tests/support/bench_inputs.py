@@ -37,13 +37,15 @@ from engines.renal_ceus import phantom
 from engines.training import dicomfile
 
 Array = NDArray[Any]
+Spent = tuple[list[float], list[float]]
+"""Seconds of each round: the node's, and the other's."""
 INPUT_SIZE = (224, 224)
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 
-def paired(ours: Callable[[], object], naive: Callable[[], object], rounds: int) -> tuple[list[float], list[float]]:
+def paired(ours: Callable[[], object], naive: Callable[[], object], rounds: int) -> Spent:
     """Seconds of each, in interleaved rounds."""
-    spent: tuple[list[float], list[float]] = ([], [])
+    spent: Spent = ([], [])
     for n in range(rounds):
         for k in (0, 1) if n % 2 else (1, 0):
             begun = time.perf_counter()
@@ -52,12 +54,12 @@ def paired(ours: Callable[[], object], naive: Callable[[], object], rounds: int)
     return spent
 
 
-def ratio(spent: tuple[list[float], list[float]]) -> float:
+def ratio(spent: Spent) -> float:
     """Of the median round."""
     return statistics.median(b / a for a, b in zip(*spent, strict=True))
 
 
-def told(name: str, target: float, spent: tuple[list[float], list[float]]) -> list[str]:
+def told(name: str, target: float, spent: Spent) -> list[str]:
     """The ratio that counts, and the absolutes beside it."""
     ratios = sorted(b / a for a, b in zip(*spent, strict=True))
     lines = [
@@ -291,6 +293,12 @@ def read_and_route(paths: list[Path], config: Config) -> int:
     return len(evaluate_all(config.routes, Study.from_instances("1.2.3", 1, read_all(paths)), {}))
 
 
+def header_study(folder: Path, slices: int = 200) -> tuple[list[Path], Config]:
+    """5 x `slices` instances with 110 attributes and hardly any pixels, and the routes that are shipped."""
+    study = phase_study(folder, phases=5, slices=slices, side=16)
+    return sorted(i.path for i in study.instances), load(shipped() / "config.yaml")
+
+
 def naive_read(paths: list[Path]) -> int:
     """What one writes with pydicom: the header of each file, and the attributes that routing looks at."""
     keys = ("Modality", "BodyPartExamined", "StudyDescription", "SeriesDescription", "ProtocolName", "ImageType")
@@ -299,9 +307,7 @@ def naive_read(paths: list[Path]) -> int:
 
 
 def headers(work: Path, rounds: int) -> list[str]:
-    study = phase_study(work / "headers", phases=5, slices=200, side=16)
-    paths = sorted(i.path for i in study.instances)
-    config = load(shipped() / "config.yaml")
+    paths, config = header_study(work / "headers")
     ours, naive = paired(lambda: read_and_route(paths, config), lambda: naive_read(paths), rounds)
     each = [1000 * s / len(paths) for s in ours]
     other = [1000 * s / len(paths) for s in naive]
