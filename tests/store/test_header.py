@@ -11,7 +11,7 @@ from raw_scu import EXPLICIT, IMPLICIT, explicit, small_data_set
 from dicom_node.errors import CannotUnderstandError
 from dicom_node.store import header as header_module
 from dicom_node.store.charset import charset_of
-from dicom_node.store.header import read_header
+from dicom_node.store.header import header_of, read_header
 from dicom_node.store.part10 import FileMeta, encode_meta
 from dicom_node.study import Header
 
@@ -153,6 +153,10 @@ def test_values_beyond_the_budget_are_left_out_not_refused(read, monkeypatch):
 def test_charset_of_nothing():
     assert charset_of([]).decode(b"\xff\xfe") == "ÿþ"
     assert charset_of(["", " "]).codecs == ()
+
+
+def test_a_data_set_in_memory_is_read_as_one_in_a_file(read):
+    assert header_of(small_data_set(), EXPLICIT).to_json() == read(small_data_set()).to_json()
 
 
 def test_equal_bytes_in_different_places_are_read_by_their_own_rules(read):
