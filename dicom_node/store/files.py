@@ -367,6 +367,10 @@ class Files:
         """All attributes but bulk data."""
         return header.read_header(path, self.fallback_charset)
 
+    def read_stored(self, path: Path) -> tuple[FileMeta, Header]:
+        """Both, in one pass over the file."""
+        return header.read_stored(path, self.fallback_charset)
+
     def dataset_digest(self, path: Path) -> str:
         """SHA-256 (hex) of the encoded data set as received."""
         return dataset_digest(path)

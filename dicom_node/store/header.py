@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import re
 import struct
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from pydicom.datadict import DicomDictionary, private_dictionary_VR  # type: ignore[attr-defined]
 
 from dicom_node.errors import StoreError
 from dicom_node.store.charset import Charset, charset_of
 from dicom_node.store.elements import Buffer, Encoding, Kind, Walker, encoding_of, mapped
-from dicom_node.store.part10 import read_meta
+from dicom_node.store.part10 import FileMeta, meta_of
 from dicom_node.study import Header, Scalar, Value
 
 MAX_VALUE_BYTES = 1 << 20
@@ -34,6 +36,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
 _CHARSET, _PIXEL_REPRESENTATION = 0x00080005, 0x00280103
+_IMPLICIT = Encoding(implicit=True, little=True)
 
 
 def read_header(path: Path, fallback_charset: str = "") -> Header:
@@ -41,11 +44,16 @@ def read_header(path: Path, fallback_charset: str = "") -> Header:
 
     `fallback_charset`: a defined term of Specific Character Set, for text that the declared one does not take.
     """
-    meta = read_meta(path)
-    encoding = encoding_of(meta.transfer_syntax_uid)
+    return read_stored(path, fallback_charset)[1]
+
+
+def read_stored(path: Path, fallback_charset: str = "") -> tuple[FileMeta, Header]:
+    """Group 0002 with it: the file is opened once. Raises CannotUnderstandError, StoreError."""
     try:
         with mapped(path) as data:
-            return _Reader(data, fallback_charset).read(meta.dataset_offset, len(data), encoding)
+            meta = meta_of(data, path)
+            encoding = encoding_of(meta.transfer_syntax_uid)
+            return meta, _Reader(data, fallback_charset).read(meta.dataset_offset, len(data), encoding)
     except OSError as e:
         raise StoreError(f"a stored file cannot be read ({e.strerror})") from e
 
@@ -83,18 +91,21 @@ class _Reader:
 
     def read(self, start: int, end: int, encoding: Encoding) -> Header:
         levels = [_Level("", charset_of((), self._fallback))]
+        level, take, a_value = levels[0], self._take, Kind.VALUE
         for kind, tag, vr, offset, length, how in Walker(self._data, start, end, encoding):
-            level = levels[-1]
-            if kind is Kind.VALUE:
-                self._take(level, tag, vr, offset, length, how)
+            if kind is a_value:
+                if length:
+                    take(level, tag, vr, offset, length, how)
             elif kind is Kind.SEQUENCE:
-                level.sequences.append((_keyword(tag), []))
+                level.sequences.append((_attribute(tag).keyword, []))
             elif kind is Kind.ITEM:
-                levels.append(_Level(level.sequences[-1][0], level.charset))
+                level = _Level(level.sequences[-1][0], level.charset)
+                levels.append(level)
             elif kind is Kind.ITEM_END:
-                levels.pop()
-                if level.keyword:
-                    levels[-1].sequences[-1][1].append(Header(MappingProxyType(level.values)))
+                item = levels.pop()
+                level = levels[-1]
+                if item.keyword:
+                    level.sequences[-1][1].append(Header(MappingProxyType(item.values)))
             else:
                 keyword, items = level.sequences.pop()
                 if keyword and items:
@@ -102,21 +113,18 @@ class _Reader:
         return Header(MappingProxyType(levels[0].values), self._guessed)
 
     def _take(self, level: _Level, tag: int, vr: str, offset: int, length: int, encoding: Encoding) -> None:
-        private = bool(tag >> 16 & 1)
-        if not length or length > (MAX_PRIVATE_BYTES if private else MAX_VALUE_BYTES):
-            return
-        name = f"{tag:08X}" if private else _keyword(tag)
-        if not name or name in level.values:
+        name, _, dictionary_vr, most = _attribute(tag)
+        if length > most or not name or name in level.values:
             return
         self._budget -= length
         if self._budget < 0:
             return
         raw = bytes(self._data[offset : offset + length])
-        if private:
+        if tag & 0x10000:
             vr, encoding = self._private_vr(tag, vr, raw, encoding)
         elif vr == "UN":
             # PS3.5 6.2.2: somebody on the way did not know the VR, and kept the implicit little endian bytes.
-            vr, encoding = DicomDictionary[tag][0], Encoding(True, True)
+            vr, encoding = dictionary_vr, _IMPLICIT
         value = self._decode(level, tag, vr, raw, encoding)
         if value is not None:
             level.values[name] = value
@@ -129,35 +137,20 @@ class _Reader:
             return "LO", encoding
         if vr not in ("", "UN"):
             return vr, encoding
-        creator = self._creators.get(group | block, "")
-        try:
-            known = private_dictionary_VR(tag, creator)
-        except KeyError:
-            known = ""
-        return known, encoding if vr == "" else Encoding(True, True)
+        known = _private_dictionary_vr(tag, self._creators.get(group | block, ""))
+        return known, encoding if vr == "" else _IMPLICIT
 
     def _decode(self, level: _Level, tag: int, vr: str, raw: bytes, encoding: Encoding) -> Value | None:
         if " or " in vr:  # the implicit reader's dictionary: "US or SS", decided by Pixel Representation (PS3.5 A.1)
             vr = ("SS" if self._signed else "US") if "SS" in vr else ""
-        if vr in _BINARY:
-            value = _numbers(_BINARY[vr], raw, encoding)
-            if tag == _PIXEL_REPRESENTATION and value is not None:
-                self._signed = value == 1
-            return value
-        if vr == "AT":
-            return _tags(raw, encoding)
-        if vr == "IS":
-            return _collapse([_integer(v) for v in _ascii(raw).split("\\")])
-        if vr == "DS":
-            return _collapse([_decimal(v) for v in _ascii(raw).split("\\")])
-        if vr not in _TEXT:
-            return None
-        if tag == _CHARSET:
+        if tag == _CHARSET and vr in _TEXT:
             level.charset = charset_of(_ascii(raw).split("\\"), self._fallback)
-        text = self._localised(level, tag, raw) if vr in _LOCALISED else _ascii(raw)
-        if vr in _ONE_VALUE:
-            return _collapse([text.rstrip(" \x00\r\n")])
-        return _collapse([v.strip(" \x00") for v in text.split("\\")])
+        if vr in _LOCALISED and (0x1B in raw or not raw.isascii()):
+            return _texts(vr, self._localised(level, tag, raw))
+        value = (_small_value if len(raw) <= _SMALL else _value)(vr, raw, encoding.little)
+        if tag == _PIXEL_REPRESENTATION and value is not None and vr in _BINARY:
+            self._signed = value == 1
+        return value
 
     def _localised(self, level: _Level, tag: int, raw: bytes) -> str:
         text, guessed = level.charset.read(raw)
@@ -165,9 +158,60 @@ class _Reader:
         return text
 
 
-def _keyword(tag: int) -> str:
+class _Attribute(NamedTuple):
+    """What is known of a tag before its value is looked at."""
+
+    name: str
+    """In the Header; "" = left out."""
+    keyword: str
+    """"" for private and unknown ones."""
+    vr: str
+    most: int
+    """Bytes: a longer value is left out."""
+
+
+@lru_cache(maxsize=4096)
+def _attribute(tag: int) -> _Attribute:
     entry = DicomDictionary.get(tag)
-    return str(entry[4]) if entry is not None else ""
+    keyword, vr = (str(entry[4]), entry[0]) if entry is not None else ("", "")
+    if tag >> 16 & 1:
+        return _Attribute(f"{tag:08X}", keyword, vr, MAX_PRIVATE_BYTES)
+    return _Attribute(keyword, keyword, vr, MAX_VALUE_BYTES)
+
+
+@lru_cache(maxsize=4096)
+def _private_dictionary_vr(tag: int, creator: str) -> str:
+    try:
+        return str(private_dictionary_VR(tag, creator))
+    except KeyError:
+        return ""
+
+
+# --- one value -------------------------------------------------------------------------------------------------------
+
+
+def _value(vr: str, raw: bytes, little: bool) -> Value | None:
+    """Everything that the bytes alone decide: no character set."""
+    if vr in _TEXT:
+        return _texts(vr, _ascii(raw))
+    if vr == "IS":
+        return _collapse([_integer(v) for v in _ascii(raw).split("\\")])
+    if vr == "DS":
+        return _collapse([_decimal(v) for v in _ascii(raw).split("\\")])
+    if vr in _BINARY:
+        return _numbers(_BINARY[vr], raw, little)
+    return _tags(raw, little) if vr == "AT" else None
+
+
+_SMALL = 64
+_small_value = lru_cache(maxsize=1024)(_value)
+"""The instances of a series repeat most values: they are decoded once, and shared."""
+
+
+def _texts(vr: str, text: str) -> Value | None:
+    if vr in _ONE_VALUE:
+        return _collapse([text.rstrip(" \x00\r\n")])
+    return _collapse([v.strip(" \x00") for v in text.split("\\")])
 
 
 def _ascii(raw: bytes) -> str:
@@ -197,16 +241,16 @@ def _decimal(text: str) -> Scalar:
     return number if math.isfinite(number) else text
 
 
-def _numbers(code: str, raw: bytes, encoding: Encoding) -> Value | None:
+def _numbers(code: str, raw: bytes, little: bool) -> Value | None:
     size = struct.calcsize("=" + code)
     count = len(raw) // size
-    values = struct.unpack_from(("<" if encoding.little else ">") + str(count) + code, raw)
+    values = struct.unpack_from(("<" if little else ">") + str(count) + code, raw)
     if any(isinstance(v, float) and not math.isfinite(v) for v in values):
         return None  # NaN is not a measurement, and not JSON
     return _collapse(list(values))
 
 
-def _tags(raw: bytes, encoding: Encoding) -> Value | None:
+def _tags(raw: bytes, little: bool) -> Value | None:
     count = len(raw) // 4
-    pairs = struct.unpack_from(("<" if encoding.little else ">") + "HH" * count, raw)
+    pairs = struct.unpack_from(("<" if little else ">") + "HH" * count, raw)
     return _collapse([f"{pairs[i]:04X}{pairs[i + 1]:04X}" for i in range(0, len(pairs), 2)])

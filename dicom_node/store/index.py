@@ -110,8 +110,7 @@ class IndexStage:
 
     def _parse(self, path: Path) -> Instance | None:
         try:
-            meta = self._files.read_meta(path)
-            header = self._files.read_header(path)
+            meta, header = self._files.read_stored(path)
         except CannotUnderstandError:
             return None
         return Instance(

@@ -12,9 +12,11 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from struct import Struct
+from typing import Any
 
 from dicom_node.errors import CannotUnderstandError, StoreError
+from dicom_node.store.elements import Buffer, mapped
 
 IMPLEMENTATION_CLASS_UID = "2.25.309477082441411176053179536836556028423"
 IMPLEMENTATION_VERSION_NAME = "DICOM_NODE_1"
@@ -24,6 +26,7 @@ PRIVATE_CREATOR_UID = "2.25.137745174703146249082272466297415805785"
 _PREAMBLE = 128
 _MAX_META = 64 * 1024
 _LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+_ELEMENT, _LENGTH = Struct("<HH2sH"), Struct("<L")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +81,20 @@ def read_meta(path: Path) -> FileMeta:
     Raises CannotUnderstandError when it is neither, StoreError when the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            meta = _read(file)
-        return meta if meta.received_at else replace(meta, received_at=path.stat().st_mtime)
+        with mapped(path) as data:
+            return meta_of(data, path)
     except OSError as e:
         raise StoreError(f"a stored file cannot be read ({e.strerror})") from e
 
 
-def _read(file: BinaryIO) -> FileMeta:
-    start = file.read(_PREAMBLE + 4)
+def meta_of(data: Buffer, path: Path) -> FileMeta:
+    """The same of the file's bytes. Raises CannotUnderstandError, OSError."""
+    meta = _read(data)
+    return meta if meta.received_at else replace(meta, received_at=path.stat().st_mtime)
+
+
+def _read(data: Buffer) -> FileMeta:
+    start = bytes(data[: _PREAMBLE + 4])
     if start[_PREAMBLE:] == b"DICM":
         offset = len(start)
     elif start[:2] in (b"\x02\x00", b"\x08\x00"):  # some archives drop the preamble, old ones the meta group as well
@@ -94,10 +102,8 @@ def _read(file: BinaryIO) -> FileMeta:
     else:
         raise CannotUnderstandError("not a DICOM file")
     values: dict[int, bytes] = {}
-    file.seek(offset)
-    for element, value in _elements(file):
-        values[element] = value
-        offset = file.tell()
+    for element, value, end in _elements(data, offset):
+        values[element], offset = value, end
     if 0x0010 not in values:
         return FileMeta("", "", _guess(start), dataset_offset=offset)
 
@@ -118,27 +124,27 @@ def _read(file: BinaryIO) -> FileMeta:
     )
 
 
-def _elements(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Elements of group 0002, always explicit little endian (PS3.10 7.1). The stated group length is not trusted."""
-    total = 0
-    while True:
-        at = file.tell()
-        header = file.read(8)
-        if len(header) < 8 or header[:2] != b"\x02\x00":
-            file.seek(at)
+def _elements(data: Buffer, at: int) -> Iterator[tuple[int, bytes, int]]:
+    """Elements of group 0002, their values and where those end.
+
+    Always explicit little endian (PS3.10 7.1). The stated group length is not trusted.
+    """
+    total, size = 0, len(data)
+    while size - at >= 8:
+        group, element, vr, length = _ELEMENT.unpack_from(data, at)
+        if group != 2:
             return
-        element, vr = struct.unpack_from("<H2s", header, 2)
-        length = struct.unpack("<H", header[6:8])[0]
+        at += 8
         if vr in _LONG:
-            more = file.read(4)
-            length = struct.unpack("<L", more)[0] if len(more) == 4 else _MAX_META
+            length = _LENGTH.unpack_from(data, at)[0] if size - at >= 4 else _MAX_META
+            at += 4
         total += length
         if total > _MAX_META:
             raise CannotUnderstandError("the file meta information is too long")
-        value = file.read(length)
-        if len(value) != length:
+        if length > size - at:
             raise CannotUnderstandError("the file ends within its meta information")
-        yield element, value
+        at += length
+        yield element, bytes(data[at - length : at]), at
 
 
 def _private(values: dict[int, bytes]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pydicom.sequence import Sequence
 from raw_scu import small_data_set
 
 from dicom_node.errors import CannotUnderstandError
+from dicom_node.store import elements
 from dicom_node.store.elements import MAX_ELEMENTS, Kind, Walker, check, encoding_of
 from dicom_node.store.part10 import read_meta
 from dicom_node.store.validate import is_uid
@@ -140,6 +141,37 @@ def test_flipped_bytes_raise_nothing_else(seed, syntax):
     for _ in range(chance.randint(1, 8)):
         data[chance.randrange(len(data))] = chance.choice((0, 0xFF, 0xFE, 0xE0, 0x7F, chance.randrange(256)))
     _is_sound(bytes(data), syntax)
+
+
+def _events(data, syntax):
+    """What a walk says, and how it ends."""
+    walker = Walker(data, 0, len(data), encoding_of(syntax))
+    events = []
+    try:
+        events.extend((*event, walker.offset, walker.depth, walker.elements) for event in walker)
+    except CannotUnderstandError as e:
+        return events, str(e), e.offending_element, walker.elements
+    return events, "", None, walker.elements
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([EXPLICIT, IMPLICIT, BIG]), st.booleans())
+def test_the_short_way_for_plain_values_sees_what_the_long_way_sees(seed, syntax, small):
+    data_set = nested_data_set()
+    data_set.add_new(0x00091010, "UN", b"private")
+    data_set.add_new(0x00080119, "UC", "a long one")
+    data = bytearray(encoded(data_set, syntax, undefined=bool(seed % 2)))
+    chance = random.Random(seed)
+    for _ in range(chance.randint(0, 6)):
+        data[chance.randrange(len(data))] = chance.choice(
+            (0, 0xFF, 0xFE, 0xE0, 0x7F, 0x53, 0x51, chance.randrange(256))
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        if small:
+            patch.setattr(elements, "MAX_ELEMENTS", 5)
+        short = _events(bytes(data), syntax)
+        patch.setattr(Walker, "_values", lambda self, frame: iter(()))
+        assert _events(bytes(data), syntax) == short
 
 
 def test_every_real_file_is_sound(shared_data):

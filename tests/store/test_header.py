@@ -11,7 +11,7 @@ from raw_scu import EXPLICIT, IMPLICIT, explicit, small_data_set
 from dicom_node.errors import CannotUnderstandError
 from dicom_node.store import header as header_module
 from dicom_node.store.charset import charset_of
-from dicom_node.store.header import read_header
+from dicom_node.store.header import header_of, read_header
 from dicom_node.store.part10 import FileMeta, encode_meta
 from dicom_node.study import Header
 
@@ -153,6 +153,25 @@ def test_values_beyond_the_budget_are_left_out_not_refused(read, monkeypatch):
 def test_charset_of_nothing():
     assert charset_of([]).decode(b"\xff\xfe") == "ÿþ"
     assert charset_of(["", " "]).codecs == ()
+
+
+def test_a_data_set_in_memory_is_read_as_one_in_a_file(read):
+    assert header_of(small_data_set(), EXPLICIT).to_json() == read(small_data_set()).to_json()
+
+
+def test_equal_bytes_in_different_places_are_read_by_their_own_rules(read):
+    """Values are remembered by VR, bytes and byte order: neither character set nor sign may come from the last file."""
+    umlaut, two = b"M\xfcller", struct.pack("<h", -2)
+    latin, cyrillic = explicit(0x0008, 0x0005, b"CS", b"ISO_IR 100"), explicit(0x0008, 0x0005, b"CS", b"ISO_IR 144")
+    name = explicit(0x0010, 0x0010, b"PN", umlaut)
+    assert [read(c + name).text("PatientName") for c in (latin, cyrillic, latin)] == ["Müller", "Mќller", "Müller"]
+    signs = [implicit(0x0028, 0x0103, v) + implicit(0x0028, 0x0106, two) for v in (b"\1\0", b"\0\0", b"\1\0")]
+    assert [read(s, IMPLICIT)["SmallestImagePixelValue"] for s in signs] == [-2, 65534, -2]
+    big = struct.pack(">HH2sHh", 0x0028, 0x0107, b"SS", 2, -2)
+    assert read(explicit(0x0028, 0x0107, b"SS", two))["LargestImagePixelValue"] == -2
+    assert read(big, "1.2.840.10008.1.2.2")["LargestImagePixelValue"] == -2
+    same = explicit(0x0020, 0x0013, b"IS", b"12") + explicit(0x0020, 0x0010, b"SH", b"12")
+    assert (read(same)["InstanceNumber"], read(same)["StudyID"]) == (12, "12")
 
 
 def test_what_pydicom_reads_we_read_the_same(shared_data):
