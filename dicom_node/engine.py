@@ -2,12 +2,12 @@
 
 An engine is a folder `engines/<task>/` with `engine.yaml` (what the task needs and says) and `engine.py`, which defines
 
-    def select(study, clinical, site) -> Selection | Refusal      # headers only
+    def select(study, clinical) -> Selection | Refusal            # headers only
     def predict(selection, pixels, run) -> Prediction | Refusal
 
-Both are plain module functions (the module satisfies `Engine`). The node, outside the engine, applies the
-out-of-distribution gate, calibration, abstention, the analytic class activation map and provenance (`decide.py`),
-so no engine can skip them.
+Both are plain module functions (the module satisfies `Engine`). A `select` with a third parameter `site` is given what
+config.yaml sets for engines. The node, outside the engine, applies the out-of-distribution gate, calibration,
+abstention, the analytic class activation map and provenance (`decide.py`), so no engine can skip them.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class PixelReader(Protocol):
 class Engine(Protocol):
     """`engines/<task>/engine.py`."""
 
-    def select(self, study: Study, clinical: Mapping[str, ClinicalInput], site: Site) -> Selection | Refusal:
+    def select(self, study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | Refusal:
         """Choose the source set from headers."""
 
     def predict(self, selection: Selection, pixels: PixelReader, run: RunModel) -> Prediction | Refusal:

@@ -30,7 +30,7 @@ from dicom_node.store.ledger import Ledger
 
 REPOSITORY = Path(__file__).parent.parent
 SCHEMAS = REPOSITORY / "docs/schemas"
-ENGINE = "def select(study, clinical, site): ...\ndef predict(selection, pixels, run): ...\n"
+ENGINE = "def select(study, clinical): ...\ndef predict(selection, pixels, run): ...\n"
 
 
 class Site:

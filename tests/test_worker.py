@@ -377,7 +377,7 @@ def failing_tasks(engines: Path) -> dict[str, str]:
     tiny_engine.write_task(engines, ENGINE, "needy", libraries=["no_such_library_here"])
     tiny_engine.write_task(engines, "import no_such_library_here", "careless")
     tiny_engine.write_task(engines, "raise SystemExit('DOE^JANE')", "leaving")
-    tiny_engine.write_task(engines, "def select(study, clinical, site): ...", "half")
+    tiny_engine.write_task(engines, "def select(study, clinical): ...", "half")
     tiny_engine.write_task(engines, "import os; os.abort()", "poison")
     return {
         "tampered": "SHA-256 differs",

@@ -7,9 +7,10 @@ child only. Every refusal is a PackageError that names the step; what foreign co
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -65,7 +66,9 @@ class Loaded:
 
     def select(self, study: Study, clinical: Mapping[str, ClinicalInput], site: Site) -> Selection | Refusal:
         """Headers only. Raises WorkerError when the answer is neither."""
-        answer = self.engine.select(study, clinical, site)
+        select: Callable[..., object] = self.engine.select
+        asked = {"site": site} if "site" in inspect.signature(select).parameters else {}
+        answer = select(study, clinical, **asked)
         if isinstance(answer, Refusal):
             return answer
         if not isinstance(answer, Selection) or not answer.instances:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dicom_node.engine import PixelReader, Prediction, RunModel, Selection, Site, UnitPrediction
+from dicom_node.engine import PixelReader, Prediction, RunModel, Selection, UnitPrediction
 from dicom_node.pixels import ultrasound
 from dicom_node.result import ClinicalInput, FrameRef, Refusal, RefusalCode
 from dicom_node.study import Header, Instance, Study
@@ -58,9 +58,9 @@ class Prepared:
 # --- headers ---------------------------------------------------------------------------------------------------------
 
 
-def select(study: Study, clinical: Mapping[str, ClinicalInput], site: Site = Site()) -> Selection | Refusal:
+def select(study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | Refusal:
     """The contrast clips of the study in the order of their acquisition."""
-    del clinical, site  # the published score uses the images alone
+    del clinical  # the published score uses the images alone
     clips = [i for i in study.instances if i.sop_class_uid in _ULTRASOUND and i.number_of_frames > 1]
     with_agent = [i for i in clips if has_agent(i.header)]
     if not with_agent:

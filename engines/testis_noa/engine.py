@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, Site, UnitPrediction
+from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, UnitPrediction
 from dicom_node.pixels import roi, ultrasound
 from dicom_node.result import ClinicalInput, FrameRef, Refusal, RefusalCode
 from dicom_node.study import Header, Instance, Study
@@ -57,9 +57,9 @@ class Prepared:
 # --- headers ---------------------------------------------------------------------------------------------------------
 
 
-def select(study: Study, clinical: Mapping[str, ClinicalInput], site: Site = Site()) -> Selection | Refusal:
+def select(study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | Refusal:
     """The B-mode stills whose side is known, in the order of their acquisition, and the objects with regions."""
-    del clinical, site  # fused by the node
+    del clinical  # fused by the node
     stills = [i for i in study.instances if _is_still(i)]
     if not stills:
         return Refusal(RefusalCode.NO_SUITABLE_IMAGE, "no ultrasound still of the scrotum")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, Site, UnitPrediction
+from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, UnitPrediction
 from dicom_node.pixels import roi, ultrasound
 from dicom_node.result import ClinicalInput, FrameRef, Refusal, RefusalCode
 from dicom_node.study import Instance, Study
@@ -102,9 +102,9 @@ class Prepared:
 # --- headers ---------------------------------------------------------------------------------------------------------
 
 
-def select(study: Study, clinical: Mapping[str, ClinicalInput], site: Site = Site()) -> Selection | Refusal:
+def select(study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | Refusal:
     """B-mode pictures with a known pixel spacing, and the objects that may mark a region on them."""
-    del clinical, site  # the node fuses
+    del clinical  # the node fuses
     pictures = [i for i in study.instances if i.sop_class_uid in _ULTRASOUND]
     if not pictures:
         return Refusal(RefusalCode.NO_SUITABLE_IMAGE, "no ultrasound image")

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, Site, UnitPrediction
+from dicom_node.engine import NoSuchModelError, PixelReader, Prediction, RunModel, Selection, UnitPrediction
 from dicom_node.pixels import roi, ultrasound
 from dicom_node.result import ClinicalInput, FrameRef, Refusal, RefusalCode
 from dicom_node.study import Header, Instance, Study
@@ -57,9 +57,9 @@ class Prepared:
 # --- headers ---------------------------------------------------------------------------------------------------------
 
 
-def select(study: Study, clinical: Mapping[str, ClinicalInput], site: Site = Site()) -> Selection | Refusal:
+def select(study: Study, clinical: Mapping[str, ClinicalInput]) -> Selection | Refusal:
     """The B-mode clips in the order of their acquisition, and the objects that mark regions on them."""
-    del clinical, site  # the published score uses the images alone
+    del clinical  # the published score uses the images alone
     clips = [i for i in study.instances if i.sop_class_uid in _CINE and i.number_of_frames > 1]
     if not clips:
         return Refusal(RefusalCode.NO_SUITABLE_IMAGE, "no multi-frame ultrasound")

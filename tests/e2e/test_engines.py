@@ -27,7 +27,7 @@ import numpy as np
 from dicom_node.engine import Prediction, Selection, UnitPrediction
 from dicom_node.result import FrameRef, Refusal, RefusalCode
 
-def select(study, clinical, site):
+def select(study, clinical):
     clips = [i for i in study.instances if i.number_of_frames == 2]
     return Selection((clips[0],), "") if clips else Refusal(RefusalCode.TOO_FEW_FRAMES, "no clip of two frames")
 
