@@ -59,7 +59,7 @@ _REFUSALS: Final = {
     RefusalCode.ENGINE_NOT_AVAILABLE: ("NO-ENGINE", "Engine not available"),
     RefusalCode.NO_SUITABLE_IMAGE: ("NO-IMAGE", "No suitable image"),
     RefusalCode.WRONG_VIEW: ("WRONG-VIEW", "View or mode not suitable"),
-    RefusalCode.CALIBRATION_MISSING: ("CALIBRATION-MISSING", "Physical pixel size not stated"),
+    RefusalCode.CALIBRATION_MISSING: ("NO-CALIBRATION", "Physical pixel size not stated"),
     RefusalCode.ROI_REQUIRED: ("ROI-REQUIRED", "Region of interest required"),
     RefusalCode.ROI_AMBIGUOUS: ("ROI-AMBIGUOUS", "Regions of interest disagree"),
     RefusalCode.ROI_UNREADABLE: ("ROI-UNREADABLE", "Region of interest cannot be placed"),
