@@ -79,7 +79,7 @@ def status(tx: sa.Connection, destinations: list[str], now: float) -> dict[str, 
 
 
 def attention(tx: sa.Connection, most: int = 100) -> tuple[list[dict[str, Any]], int]:
-    """Studies that wait for a person, the longest first: which, why (an event's code), since when; and how many more."""
+    """Studies that wait for a person, the longest first: which, why (an event's code), since when; how many more."""
 
     def of(table: sa.Table, why: str, at: str, *where: sa.ColumnElement[bool]) -> sa.Select[Any]:
         since = sa.func.min(table.c[at]).label("since")
