@@ -47,7 +47,7 @@ def read_header(path: Path, fallback_charset: str = "") -> Header:
         with mapped(path) as data:
             return _Reader(data, fallback_charset).read(meta.dataset_offset, len(data), encoding)
     except OSError as e:
-        raise StoreError(f"a stored file cannot be read ({e.strerror})") from e
+        raise StoreError(f"the file cannot be read ({e.strerror})") from e
 
 
 def header_of(data: bytes, transfer_syntax_uid: str) -> Header:

@@ -82,7 +82,7 @@ def read_meta(path: Path) -> FileMeta:
             meta = _read(file)
         return meta if meta.received_at else replace(meta, received_at=path.stat().st_mtime)
     except OSError as e:
-        raise StoreError(f"a stored file cannot be read ({e.strerror})") from e
+        raise StoreError(f"the file cannot be read ({e.strerror})") from e
 
 
 def _read(file: BinaryIO) -> FileMeta:
