@@ -204,9 +204,9 @@ def ultrasound(raw: Dataset, form: str) -> Dataset:
         if "PlanarConfiguration" in ds:
             del ds.PlanarConfiguration
         table = (np.arange(256, dtype="<u2") * 257).tobytes()
-        for name in ("Red", "Green", "Blue"):
-            setattr(ds, f"{name}PaletteColorLookupTableDescriptor", [256, 0, 16])
-            setattr(ds, f"{name}PaletteColorLookupTableData", table)
+        for color_number in (1, 2, 3):  # red, green, blue
+            ds.add_new(0x00281100 + color_number, "US", [256, 0, 16])
+            ds.add_new(0x00281200 + color_number, "OW", table)
         color = np.rint(color.mean(axis=-1)).astype(np.uint8)
     else:
         ds.SamplesPerPixel, ds.PlanarConfiguration, ds.PhotometricInterpretation = 3, 0, "RGB"
