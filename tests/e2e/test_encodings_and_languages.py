@@ -235,14 +235,42 @@ def test_each_vendors_liver_goes_through_the_engine_and_the_report_names_the_rul
     assert max(probabilities.values()) - min(probabilities.values()) <= 1e-3, probabilities
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.long
+def test_each_encoding_of_a_still_goes_through_the_engine_to_the_same_number(
+    make_node: Any, pacs: Any, tmp_path: Path
+) -> None:
+    """Without loss the same number; YBR_FULL is within the rounding of its colours, JPEG within its loss."""
+    node = make_node(pacs.port)
+    node.settings["routes"] = [r for r in node.settings["routes"] if r["engine"] == "testis_tumour"]
+    node.write_config()
+    node.start()
+    sent = {}
+    for form in vendors.ULTRASOUND:
+        own = form in ("jpeg", "raw", "rle")
+        folder, command = tmp_path / form, ["phantom", "testis_tumour", "--seed", "870016", "--label", "1", "--roi"]
+        assert training([*command, "--encoding", form if own else "raw", "--out", str(folder)]) == 0
+        for path in folder.glob("*.dcm"):
+            ds = pydicom.dcmread(path)
+            if ds.Modality == "US":
+                sent[str(ds.StudyInstanceUID)] = form
+                path.write_bytes(bytes_of(ds if own else vendors.ultrasound(ds, form)))
+        send(node.port, folder)
+    answers = {form: node.wait_state(uid, "DONE", seconds=120) for uid, form in sent.items()}
+    assert node.stop() == 0
+    assert {a["outcomes"][0]["outcome"] for a in answers.values()} == {"RESULT"}
+    found = {sent[str(o.StudyInstanceUID)]: probability(o) for o in pacs.objects() if o.SOPClassUID == SR}
+    assert found["raw"] == found["rle"] == found["palette"] == found["j2k"], found
+    assert found["ybr"] == pytest.approx(found["raw"], abs=0.01), found
+    assert found["jpeg"] == pytest.approx(found["raw"], abs=0.02), found
+
+
 def probability(report: pydicom.Dataset) -> float:
-    """The first number without a unit in the tree: the task's outcome."""
+    """The task's outcome: the first number whose name is a probability."""
     stack = [report]
     while stack:
         item = stack.pop(0)
-        if item.get("ValueType") == "NUM":
-            measured = item.MeasuredValueSequence[0]
-            if measured.MeasurementUnitsCodeSequence[0].CodeValue == "1":
-                return float(measured.NumericValue)
+        if item.get("ValueType") == "NUM" and item.ConceptNameCodeSequence[0].CodeValue.startswith("PROB-"):
+            return float(item.MeasuredValueSequence[0].NumericValue)
         stack += item.get("ContentSequence", [])
-    raise AssertionError("no number")
+    raise AssertionError("no probability")
