@@ -114,6 +114,23 @@ def test_a_pacs_that_speaks_tls_is_asked_over_tls(tmp_path):
         assert finder(port, tls=node).series_counts(STUDY) == {"1.2": 7}
 
 
+def test_orthanc_answers_over_tls_and_to_nobody_else(tmp_path):
+    """OpenSSL of DCMTK on the other side; an empty PACS knows no study, which is an answer."""
+    hospital, other = Authority(tmp_path), Authority(tmp_path, "other")
+    theirs = tls_of(hospital, "pacs")
+    settings = {
+        "DicomTlsEnabled": True,
+        "DicomTlsCertificate": str(theirs.cert),
+        "DicomTlsPrivateKey": str(theirs.key),
+        "DicomTlsTrustedCertificates": str(theirs.ca),
+    }
+    with orthanc(tmp_path / "orthanc", **settings) as pacs:
+        assert finder(pacs.port, tls=tls_of(hospital, "node")).identities(STUDY) == frozenset()
+        for wrong in (None, tls_of(other, "stranger", ca=hospital.pem)):
+            with pytest.raises(QueryError, match="no association"):
+                finder(pacs.port, tls=wrong, timeout_seconds=2).identities(STUDY)
+
+
 def test_a_pacs_whose_certificate_is_of_another_ca_is_an_error_that_says_so(tmp_path):
     hospital, other = Authority(tmp_path), Authority(tmp_path, "other")
     impostor = finder_of(tls_of(other, "impostor", ca=hospital.pem), tls_of(hospital, "node"))
