@@ -334,6 +334,7 @@ def load(path: Path) -> Config:
     return parse(data, file=str(path), base=path.resolve().parent)
 
 
+_MATCHER_FORMS = "a value, a list of values, {regex: …}, {range: [low, high]} or {exists: true}"
 _KINDS = {"missing": "required", "extra_forbidden": "no such key"}
 
 
@@ -344,6 +345,8 @@ def _first_error(error: ValidationError, file: str) -> ConfigError:
         str(p) for p in first["loc"] if not re.search(r"[\[(]", str(p)) and str(p) not in ("Regex", "Range", "Exists")
     ]
     message = _KINDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    if first["type"] == "missing" and any("Regex" in str(p) for p in first["loc"]):  # none of the Matcher's forms
+        return ConfigError(file, ".".join(parts[:-1]), _MATCHER_FORMS)
     if re.match(r"^[a-z_]+(\.[a-zA-Z0-9_]+)*: ", message) and first["type"] == "value_error":
         key, _, message = message.partition(": ")
         parts.append(key)

@@ -47,6 +47,11 @@ def complaint(text: str, tmp_path: Path) -> ConfigError:
             "regular expression",
         ),
         (
+            "routes: [{name: a, when: {NumberOfFrames: {min: 9}}, indication: {any: [{roi: true}]}, engine: x}]",
+            "routes.0.when.NumberOfFrames",
+            "{range: [low, high]}",
+        ),
+        (
             "routes: [{name: a, when: {modality: US}, indication: {any: [{roi: true}]}, engine: x, deliver: [pax]}]",
             "routes.0.deliver",
             "'pax'",

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dicom_node.metrics import CATALOGUE, Deltas, Health, Metrics, MetricsServer, NullRecorder, known, serve
+from dicom_node.metrics import CATALOGUE, Deltas, Metrics, NullRecorder, known
+from dicom_node.metrics_http import Health, MetricsServer, serve
 
 SOURCES = Path(__file__).parent.parent / "dicom_node"
 PHI_LABELS = {"patient", "study", "series", "instance", "accession", "uid", "study_uid", "name"}

@@ -63,6 +63,10 @@ class CodeMap:
             return canonical(*code), ""
         return canonical(entry.means.value, entry.means.scheme), entry.laterality or ""
 
+    def names_site(self, code: CodeKey) -> bool:
+        """Whether a container of this name is named by its anatomy: SNOMED, or a code that the site's own map knows."""
+        return canonical(*code)[1] == "SCT" or (code[0].strip(), code[1].strip()) in self._sites
+
     def asked_as(self, codes: Iterable[CodeKey]) -> tuple[CodeKey, ...]:
         """The codes to ask a server for: those given, and what the site calls them (entries for any model)."""
         wanted = tuple(dict.fromkeys(codes))

@@ -1,7 +1,8 @@
 """Clinical values in the Structured Reports of the study, and the patient's age. Reads headers only.
 
 Any template whose items are NUM with a concept name is read alike (PS3.16: TID 1500, 5100, 12000). What an item does
-not say of itself, its containers say: side, Finding Site, time.
+not say of itself, its containers say: side, Finding Site, time. A container may be named by its anatomy (TID 5104), and
+what a measurement group calls its Finding (TID 1501) is what was measured: a hydrocele of the testis is not the testis.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ PATIENT_AGE: CodeKey = ("PatientAge", "")
 
 _LATERALITY, _FINDING_SITE = ("272741003", "SCT"), ("363698007", "SCT")
 _SELECTION, _DERIVATION, _MEAN = ("121404", "DCM"), ("121401", "DCM"), ("373098007", "SCT")
+_GROUP, _FINDING = ("125007", "DCM"), ("121071", "DCM")
 _AGE_UNITS = {"Y": "a", "M": "mo", "W": "wk", "D": "d"}
 
 
@@ -34,6 +36,8 @@ class _Around:
     time: str
     side: str = ""
     site: CodeKey = ("", "")
+    finding: CodeKey | None = None
+    """Of the measurement group: this was measured, wherever it lies."""
 
 
 def in_reports(study: Study, codes: CodeMap) -> list[Observation]:
@@ -78,6 +82,7 @@ def _around(item: Header, outer: _Around, codes: CodeMap) -> _Around:
         iso(observed[:8], observed[8:]) or outer.time,
         side or (outer.side if stated is None else stated),
         site or outer.site,
+        _finding(item) or outer.finding,
     )
 
 
@@ -98,7 +103,7 @@ def _number(item: Header, around: _Around, codes: CodeMap, model: str) -> Observ
         unit=unit,
         side=quantity.side or around.side,
         time=around.time,
-        site=around.site,
+        site=around.finding or around.site,
         origin="sr",
         source="DICOM SR",
         chosen=_chosen(item),
@@ -118,12 +123,27 @@ def _chosen(item: Header) -> str:
 
 
 def _site(item: Header, codes: CodeMap) -> tuple[CodeKey | None, str]:
-    """The Finding Site that an item's modifiers say, and the side where its code names that too."""
+    """The Finding Site that an item's modifiers say, and the side where its code names that too; None = unsaid."""
     for child in item.items_of("ContentSequence"):
         concept, said = child.items_of("ConceptNameCodeSequence"), child.items_of("ConceptCodeSequence")
         if concept and said and _code(concept[0]) == _FINDING_SITE:
             return codes.site(_raw(said[0]))
+    named = item.items_of("ConceptNameCodeSequence")
+    if named and item.text("ValueType") == "CONTAINER" and codes.names_site(_raw(named[0])):
+        return codes.site(_raw(named[0]))  # TID 5104, 5025, 5026: the group is named by its anatomy
     return None, ""
+
+
+def _finding(item: Header) -> CodeKey | None:
+    """What a measurement group is about; None = it is no such group, or does not say."""
+    named = item.items_of("ConceptNameCodeSequence")
+    if not named or _code(named[0]) != _GROUP:
+        return None
+    for child in item.items_of("ContentSequence"):
+        concept, said = child.items_of("ConceptNameCodeSequence"), child.items_of("ConceptCodeSequence")
+        if concept and said and _code(concept[0]) == _FINDING:
+            return _code(said[0])
+    return None
 
 
 def _side(item: Header, depth: int = 0) -> str | None:

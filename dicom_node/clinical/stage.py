@@ -142,7 +142,7 @@ class ClinicalStage:
             try:
                 answers[source.name] = source.ask(subject, codes, days)
                 source.answered()
-                self._recorder.inc("dicom_node_clinical_answers_total", source=source.name, outcome="answered")
+                self._count(source, "answered")
             except ClinicalSourceError as e:
                 self._failed(job, source, e)
                 silent.append(source.why)
@@ -154,7 +154,7 @@ class ClinicalStage:
 
     def _failed(self, job: Job, source: _Source, error: ClinicalSourceError) -> None:
         source.failed(error, self._ledger.clock())
-        self._recorder.inc("dicom_node_clinical_answers_total", source=source.name, outcome=error.code)
+        self._count(source, error.code)
         self._log.warning(
             "clinical_source",
             study=self._log.uid(job.study_uid),
@@ -163,6 +163,10 @@ class ClinicalStage:
             code=error.code,
             error=str(error),
         )
+
+    def _count(self, source: _Source, outcome: str) -> None:
+        self._recorder.inc("dicom_node_clinical_answers_total", source=source.name, outcome=outcome)
+        self._recorder.set("dicom_node_clinical_source_answering", float(outcome == "answered"), source=source.name)
 
     def _missing(self, job: Job, study: Study, gathered: Gathered) -> tuple[str, ...]:
         """What the routes require and nobody has said so far."""

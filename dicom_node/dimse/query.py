@@ -17,6 +17,7 @@ from pynetdicom import AE
 from pynetdicom.presentation import build_context
 
 from dicom_node.config import Query
+from dicom_node.dimse.sender import why_not
 from dicom_node.dimse.tls import client_context
 from dicom_node.errors import ConfigError, QueryError
 
@@ -79,7 +80,8 @@ class Finder:
             self._query.host, self._query.port, contexts, ae_title=self._query.ae_title, tls_args=tls
         )
         if not association.is_established:
-            raise QueryError("the PACS takes no association for C-FIND")
+            why = why_not(association, self._query, seconds).reason
+            raise QueryError(f"the PACS takes no association for C-FIND: {why}")
         try:
             yield from _answers(association, keys)
         finally:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pydicom
 from pydicom.dataset import Dataset
@@ -23,7 +23,7 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import build_context
 
-from dicom_node.config import Destination
+from dicom_node.config import Destination, Tls
 from dicom_node.dimse.status import Outcome, classify
 from dicom_node.dimse.tls import client_context
 from dicom_node.errors import ConfigError
@@ -39,8 +39,8 @@ TCP_QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 _REJECT_PERMANENT: dict[tuple[int | None, int | None], str] = {
     (1, 1): "rejected without a reason given",
     (1, 2): "rejected: application context not supported",
-    (1, 3): "our AE title is not known there: enter it in the destination's configuration",
-    (1, 7): "its AE title is another than the one configured here (deliver.destinations.*.ae_title)",
+    (1, 3): "our AE title is not known there: enter it in its configuration",
+    (1, 7): "its AE title is another than the one configured here (ae_title)",
     (2, 1): "rejected by its upper layer",
     (2, 2): "rejected: protocol version not supported",
 }
@@ -129,7 +129,7 @@ class Sender:
         except ConfigError as e:
             return SendOutcome(Outcome.PAUSE, None, str(e), connection=True)
         if not association.is_established:
-            return _why_not(association, to)
+            return why_not(association, to)
         self._association, self._key, self._sent, self._used = association, (*key, wanted), 0, time.monotonic()
         return None
 
@@ -200,8 +200,19 @@ def _said(status: int) -> str:
     return "" if status == 0 else f"C-STORE answered with 0x{status:04X}"
 
 
-def _why_not(association: Association, to: Destination) -> SendOutcome:
-    """PS3.8 table 9-21: result 1 = permanent, 2 = transient."""
+class Peer(Protocol):
+    """Where an association was to go."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def tls(self) -> Tls | None: ...
+
+
+def why_not(association: Association, to: Peer, seconds: float = CONNECT_SECONDS) -> SendOutcome:
+    """Why an association did not come about (PS3.8 table 9-21: result 1 = permanent, 2 = transient)."""
     primitive = association.acceptor.primitive
     if association.is_rejected and primitive is not None:
         result, source, reason = primitive.result, primitive.result_source, primitive.diagnostic
@@ -212,13 +223,13 @@ def _why_not(association: Association, to: Destination) -> SendOutcome:
         return SendOutcome(Outcome.RETRY, None, text, connection=True)
     if primitive is not None and not association.accepted_contexts:
         return SendOutcome(Outcome.PAUSE, None, "the peer takes none of our SOP Classes", connection=True)
-    return _diagnose(to)
+    return _diagnose(to, seconds)
 
 
-def _diagnose(to: Destination) -> SendOutcome:
+def _diagnose(to: Peer, seconds: float) -> SendOutcome:
     """pynetdicom tells no reason for a connection that never was; look once more, without DICOM."""
     try:
-        with socket.create_connection((to.host, to.port), CONNECT_SECONDS) as plain:
+        with socket.create_connection((to.host, to.port), seconds) as plain:
             if to.tls is not None:
                 client_context(to.tls).wrap_socket(plain, server_hostname=to.host).close()
     except ssl.SSLError as e:

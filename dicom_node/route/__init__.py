@@ -12,7 +12,7 @@
 Everything but the stage is pure: no ledger, no files, no network; values in, values out.
 """
 
-from dicom_node.route.changes import differences, format_differences
+from dicom_node.route.changes import differences, format_differences, format_summary
 from dicom_node.route.explain import explain_files, format_explanation, format_verdict
 from dicom_node.route.rules import (
     check_routes,
@@ -35,6 +35,7 @@ __all__ = [
     "explain_files",
     "format_differences",
     "format_explanation",
+    "format_summary",
     "format_verdict",
     "missing_requirements",
     "redact",

@@ -6,6 +6,7 @@ Both sides are what `Verdict.to_json` gave, so a verdict that the ledger keeps c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -96,9 +97,19 @@ def format_differences(study: str, routes: Sequence[Mapping[str, Any]]) -> list[
     return lines
 
 
-def _words(side: Mapping[str, Any]) -> str:
+def format_summary(studies: Iterable[Mapping[str, Any]]) -> list[str]:
+    """How many studies change in which way, the most frequent first."""
+    kinds = Counter(
+        f"{route['route']}: {_words(route['before'], short=True)} -> {_words(route['after'], short=True)}"
+        for study in studies
+        for route in study["routes"]
+    )
+    return [f"  {count:>6}  {kind}" for kind, count in kinds.most_common()]
+
+
+def _words(side: Mapping[str, Any], *, short: bool = False) -> str:
     if side["verdict"] == "RUNS":
-        return f"RUNS on {side['series']} series"
+        return "RUNS" if short else f"RUNS on {side['series']} series"
     if side["verdict"] == "REFUSED":
         return f"REFUSED({side['code']})"
     return {"NO_MATCH": "does not match", UNDEFINED: "no such route"}[side["verdict"]]

@@ -90,11 +90,20 @@ def format_explanation(explanation: Mapping[str, Any]) -> str:
             lines += [f"  {study['own_objects']} of our own objects are left out"]
         if study["text_guessed"]:
             lines += [f"  text of {study['text_guessed']} is not in the declared character set and was guessed"]
+        lines += [f"  {_overview(study['verdicts'])}"]
         for verdict in study["verdicts"]:
             lines += ["", format_verdict(verdict)]
         lines += [""]
     lines += [printable(f"{u['file']}: cannot be read: {u['error']}") for u in explanation["unreadable"]]
     return "\n".join(lines).rstrip()
+
+
+def _overview(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """What became of it, before the reasons: they fill screens."""
+    runs = [v["route"] for v in verdicts if v["runs"]]
+    refused = [f"{v['route']} ({v['refusal']['code']})" for v in verdicts if not v["runs"] and v["refusal"]]
+    said = f"taken by: {', '.join(runs) or 'no route'}"
+    return said + (f"; refused by: {', '.join(refused)}" if refused else "")
 
 
 def format_verdict(verdict: Verdict | Mapping[str, Any]) -> str:

@@ -27,7 +27,8 @@ from dicom_node.dimse.query import Finder
 from dicom_node.errors import WorkerError
 from dicom_node.infer import InferStage
 from dicom_node.log import make_log
-from dicom_node.metrics import Health, Metrics, serve
+from dicom_node.metrics import Metrics
+from dicom_node.metrics_http import Health, serve
 from dicom_node.packages import task_of, wanted_of
 from dicom_node.pixels.decode import available_decoders
 from dicom_node.report.stage import ReportStage

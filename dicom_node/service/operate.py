@@ -30,7 +30,7 @@ SWITCH_SECONDS = 180.0
 
 
 def status(config: Config) -> Answer:
-    """`{states, oldest_undelivered_seconds, destinations}`."""
+    """Counts, what every destination still waits for, and which studies wait for a person."""
     engine = open_read_only(config.store.root, config.store.ledger)
     with engine.connect() as tx:
         return inspect.status(tx, list(config.deliver.destinations), time.time())
@@ -42,6 +42,11 @@ def status_text(answer: Answer) -> str:
     lines += [f"  {name:<11}{count:>7}" for name, count in answer["states"].items() if count]
     if len(lines) == 1:
         lines.append("  none yet")
+    if answer["attention"]:
+        lines.append("studies that need a person (dicom-node explain STUDY_UID)")
+        lines += [f"  {a['why']:<18} since {_clock(a['since'])}  {a['study']}" for a in answer["attention"]]
+    if answer["attention_left_out"]:
+        lines.append(f"  … and {answer['attention_left_out']} more")
     oldest = answer["oldest_undelivered_seconds"]
     lines.append("oldest undelivered object: " + ("none" if oldest is None else f"{oldest:.0f} s"))
     for d in answer["destinations"]:

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from dicom_node.clinical import ClinicalValues
 from dicom_node.config import Config, load
 from dicom_node.packages import wanted_of
-from dicom_node.route import check_routes, differences, evaluate_all, format_differences, say_rejected
+from dicom_node.route import check_routes, differences, evaluate_all, format_differences, format_summary, say_rejected
 from dicom_node.store import inspect, rejections, studies
 from dicom_node.store.ledger import open_read_only
 from dicom_node.study import Study
@@ -121,6 +121,9 @@ def replay_text(answer: Answer) -> str:
 def _lines(answer: Answer) -> Iterator[str]:
     for study in answer["studies"]:
         yield from format_differences(study["study"], study["routes"])
+    if len(answer["studies"]) > 1:
+        yield "in all"
+        yield from format_summary(answer["studies"])
     what = "the rules in force" if answer["against"] == "rules" else "what was decided"
     yield f"{answer['different']} of {answer['compared']} studies of the last {answer['since']} differ from {what}"
     if answer["without_headers"]:

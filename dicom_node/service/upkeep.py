@@ -40,6 +40,7 @@ class Upkeep:
             open_jobs, backlog, states = jobs.counts(tx), deliveries.backlog(tx), inspect.states(tx)
             dead, paused = deliveries.dead_counts(tx), deliveries.paused_names(tx)
             held, held_objects, withdrawals = jobs.held(tx), deliveries.held_counts(tx), rejections.open_withdrawals(tx)
+            since = {"incomplete": jobs.held_since(tx), "patient_conflict": studies.conflict_since(tx)}
         self._recorder.set("dicom_node_build_info", 1, version=__version__)
         self._recorder.set("dicom_node_quarantine_files", self._files.count_quarantine())
         self._recorder.set("dicom_node_disk_free_bytes", self._files.free_bytes())
@@ -48,6 +49,8 @@ class Upkeep:
             self._recorder.set("dicom_node_studies", count, state=state)
         self._recorder.set("dicom_node_jobs_held", held)
         self._recorder.set("dicom_node_withdrawals_open", withdrawals)
+        for why, at in since.items():
+            self._recorder.set("dicom_node_oldest_held_seconds", 0.0 if at is None else max(0.0, now - at), why=why)
         for stage in ("route", "clinical", "complete", "infer", "report"):
             waiting = sum(open_jobs.get((stage, state), 0) for state in ("READY", "RUNNING"))
             self._recorder.set("dicom_node_jobs_waiting", waiting, stage=stage)

@@ -55,7 +55,7 @@ def read_stored(path: Path, fallback_charset: str = "") -> tuple[FileMeta, Heade
             encoding = encoding_of(meta.transfer_syntax_uid)
             return meta, _Reader(data, fallback_charset).read(meta.dataset_offset, len(data), encoding)
     except OSError as e:
-        raise StoreError(f"a stored file cannot be read ({e.strerror})") from e
+        raise StoreError(f"the file cannot be read ({e.strerror})") from e
 
 
 def header_of(data: bytes, transfer_syntax_uid: str) -> Header:

@@ -20,6 +20,7 @@ from dicom_node.store.schema import (
     instance,
     job,
     study,
+    withdrawal,
 )
 
 
@@ -59,8 +60,11 @@ def status(tx: sa.Connection, destinations: list[str], now: float) -> dict[str, 
     ).all()
     paused = {r.name: r for r in tx.execute(sa.select(destination).where(destination.c.paused_since.is_not(None)))}
     oldest = min((r[3] for r in rows if r[1] == DeliveryState.PENDING), default=None)
+    waiting, more = attention(tx)
     return {
         "states": states(tx),
+        "attention": waiting,
+        "attention_left_out": more,
         "oldest_undelivered_seconds": None if oldest is None else round(now - oldest, 1),
         "destinations": [
             {
@@ -72,6 +76,28 @@ def status(tx: sa.Connection, destinations: list[str], now: float) -> dict[str, 
             for name in sorted({*destinations, *(r[0] for r in rows)})
         ],
     }
+
+
+def attention(tx: sa.Connection, most: int = 100) -> tuple[list[dict[str, Any]], int]:
+    """Studies that wait for a person, the longest first: which, why (an event's code), since when; how many more."""
+
+    def of(table: sa.Table, why: str, at: str, *where: sa.ColumnElement[bool]) -> sa.Select[Any]:
+        since = sa.func.min(table.c[at]).label("since")
+        query = sa.select(table.c.study_uid.label("study"), sa.literal(why).label("why"), since)
+        return query.where(*where).group_by(table.c.study_uid)
+
+    stopped = sa.select(study.c.uid, study.c.hold, study.c.last_received).where(study.c.hold.is_not(None))
+    found = sa.union_all(
+        of(job, HELD, "created_at", job.c.state != JobState.DONE, job.c.code == HELD),
+        of(job, "JOB_DEAD", "created_at", job.c.state == JobState.DEAD),
+        of(delivery, "DELIVERY_HELD", "created_at", delivery.c.state == DeliveryState.HELD),
+        of(delivery, "DELIVERY_DEAD", "created_at", delivery.c.state == DeliveryState.DEAD),
+        of(withdrawal, "WITHDRAWAL_NEEDED", "at", withdrawal.c.done_at.is_(None)),
+        stopped,
+    ).subquery()
+    total = tx.execute(sa.select(sa.func.count()).select_from(found)).scalar_one()
+    rows = tx.execute(sa.select(found).order_by(found.c.since, found.c.study).limit(most)).all()
+    return [{"study": r.study, "why": r.why, "since": r.since} for r in rows], max(0, total - most)
 
 
 def explain(tx: sa.Connection, study_uid: str) -> dict[str, Any] | None:

@@ -334,6 +334,13 @@ def held(tx: sa.Connection, study_uid: str | None = None) -> int:
     return int(tx.execute(query).scalar_one())
 
 
+def held_since(tx: sa.Connection) -> float | None:
+    """Since when the route that has waited longest waits; None = none does."""
+    query = sa.select(sa.func.min(job.c.created_at)).where(job.c.state != JobState.DONE, job.c.code == HELD)
+    since: float | None = tx.execute(query).scalar()
+    return since
+
+
 def last_answer(tx: sa.Connection, study_uid: str, route: str, before_revision: int) -> str | None:
     """Input digest of the newest earlier run of this route that gave an answer; None if there is none."""
     value: str | None = tx.execute(

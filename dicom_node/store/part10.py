@@ -84,7 +84,7 @@ def read_meta(path: Path) -> FileMeta:
         with mapped(path) as data:
             return meta_of(data, path)
     except OSError as e:
-        raise StoreError(f"a stored file cannot be read ({e.strerror})") from e
+        raise StoreError(f"the file cannot be read ({e.strerror})") from e
 
 
 def meta_of(data: Buffer, path: Path) -> FileMeta:

@@ -265,6 +265,14 @@ def set_hold(tx: sa.Connection, uid: str, reason: str | None, *, accept_conflict
     tx.execute(study.update().where(study.c.uid == uid).values(**values))
 
 
+def conflict_since(tx: sa.Connection) -> float | None:
+    """When the study that has been stopped longest got its last instance; None = none is stopped."""
+    since: float | None = tx.execute(
+        sa.select(sa.func.min(study.c.last_received)).where(study.c.hold.is_not(None))
+    ).scalar()
+    return since
+
+
 def exists(tx: sa.Connection, uid: str) -> bool:
     """True when the ledger knows the study."""
     return tx.execute(sa.select(study.c.uid).where(study.c.uid == uid)).first() is not None

@@ -211,6 +211,26 @@ def test_an_answer_that_will_not_be_better_is_not_waited_for(room: Any) -> None:
     assert r.values().problems == ("CLINICAL_SOURCE_INVALID(FHIR): a login page",)
 
 
+def test_whether_a_source_answers_is_measured(room: Any, clock: Any) -> None:
+    r = room()
+
+    def answering() -> float:
+        return float(r.metrics.value("dicom_node_clinical_source_answering", source="FHIR"))
+
+    r.answer = DOWN
+    r.study()
+    r.work()
+    assert answering() == 0
+    r.answer = Gathered((SAID,))
+    clock.advance(6)
+    r.work()
+    assert answering() == 1
+    r.answer = BROKEN
+    r.study("1.2.9")
+    r.work()
+    assert answering() == 0
+
+
 def test_without_a_wait_the_source_is_asked_once(room: Any) -> None:
     r = room(wait=0)
     r.answer = DOWN

@@ -103,6 +103,7 @@ def test_files_are_grouped_into_studies_and_unreadable_ones_are_named(make_route
     text = format_explanation(explained)
     assert text.count("REFUSED, INDICATION_NOT_ESTABLISHED") == 2
     assert "broken.dcm: cannot be read" in text
+    assert text.count(f"  taken by: no route; refused by: {route.name} (INDICATION_NOT_ESTABLISHED)\n\n") == 2
     as_called = explain_files([route], paths[:1], read_fake, called_ae="RENAL_AI")
     assert as_called["studies"][0]["verdicts"][0]["runs"]
 

@@ -97,6 +97,13 @@ def test_only_the_study_that_changes_is_told_and_why(config: Path, ledger: Ledge
     assert not any(secret in text + json.dumps(answer) for secret in SECRETS.values())
 
 
+def test_many_changes_are_counted_by_kind(config: Path, ledger: Ledger, new: Path, capsys: Any) -> None:
+    assert main(["replay", "--since", "8w", "--with", str(new), "--config", str(config)]) == 0
+    tail = capsys.readouterr().out.splitlines()[-3:]
+    assert tail[:2] == ["in all", "       2  thyroid-cine: REFUSED(INDICATION_NOT_ESTABLISHED) -> RUNS"]
+    assert tail[2].startswith("2 of 3 studies")
+
+
 def test_since_is_how_far_back(config: Path, ledger: Ledger, new: Path, capsys: Any) -> None:
     assert asked(capsys, config, "--since", "8w", "--with", str(new))["different"] == 2
     assert asked(capsys, config, "--since", "6h", "--with", str(new))["compared"] == 2

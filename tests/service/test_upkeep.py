@@ -100,3 +100,24 @@ def test_what_waits_is_measured(room):
     assert room.metrics.value("dicom_node_delivery_queue", destination="pacs") == 1
     assert room.metrics.value("dicom_node_studies", state="DELIVERING") == 1
     assert room.metrics.value("dicom_node_disk_free_bytes") > 0
+
+
+def test_how_long_the_oldest_held_study_waits_is_measured(room, clock, make_instance):
+    def oldest(why: str) -> float:
+        room.upkeep.run_once()
+        return room.metrics.value("dicom_node_oldest_held_seconds", why=why)
+
+    assert (oldest("incomplete"), oldest("patient_conflict")) == (0, 0)
+    with room.ledger.write() as tx:
+        jobs.put(tx, study_uid="1.2.3", revision=1, stage=Stage.COMPLETE, route="r", priority=0, now=clock())
+        held = jobs.claim(tx, Stage.COMPLETE, clock(), 60)
+        assert jobs.wait(tx, held, until=clock() + 60, payload={}, code=jobs.HELD, detail="missing: view")
+    clock.advance(5000)
+    assert (oldest("incomplete"), oldest("patient_conflict")) == (5000, 0)
+    with room.ledger.write() as tx:
+        jobs.release(tx, "1.2.3", clock())
+        timing = studies.Timing(60, 600, "rerun", 3)
+        other = make_instance(clock(), digest="other", PatientID="OTHER", SOPInstanceUID="1.2.3.9")
+        studies.add_instance(tx, other, own=False, priority=0, timing=timing, now=clock())
+    clock.advance(700)
+    assert (oldest("incomplete"), oldest("patient_conflict")) == (0, 700)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from dicom_node.service.operate import status_text
 from dicom_node.store import deliveries, inspect, jobs, studies
 from dicom_node.store.deliveries import Output
 from dicom_node.store.jobs import Ending
 from dicom_node.store.ledger import Ledger
-from dicom_node.store.schema import Outcome, Stage, study
+from dicom_node.store.schema import Outcome, Stage, delivery, job, study, withdrawal
 from dicom_node.store.studies import Timing
 from dicom_node.study import Instance
 
@@ -188,3 +189,37 @@ def test_status_counts_studies_and_names_the_oldest_undelivered(ledger, clock, i
     assert answer["oldest_undelivered_seconds"] == 90.0
     by_name = {d["name"]: d for d in answer["destinations"]}
     assert by_name["pacs"]["paused"] and by_name["pacs"]["pending"] == 1 and not by_name["other"]["paused"]
+
+
+def test_status_names_every_study_that_needs_a_person_the_longest_waiting_first(ledger, clock, make_instance):
+    """Nobody can act on a count; and what needs nobody is not named."""
+    reasons = ("HELD_INCOMPLETE", "JOB_DEAD", "DELIVERY_HELD", "DELIVERY_DEAD", "WITHDRAWAL_NEEDED", "PATIENT_CONFLICT")
+    for number, why in enumerate(("none", *reasons)):
+        uid = f"1.2.{number}"
+        add(ledger, make_instance(clock(), uid, StudyInstanceUID=uid, SOPInstanceUID=f"{uid}.1"))
+        with ledger.write() as tx:
+            if why in ("HELD_INCOMPLETE", "JOB_DEAD"):
+                jobs.put(tx, study_uid=uid, revision=1, stage=Stage.COMPLETE, route="r", priority=0, now=clock())
+                state = "DEAD" if why == "JOB_DEAD" else "READY"
+                tx.execute(job.update().where(job.c.study_uid == uid).values(state=state, code=why))
+            elif why != "PATIENT_CONFLICT":
+                sop = f"{uid}.5"
+                deliveries.add_output(tx, Output(sop, uid, 1, "r", "sr", "v", "c", "t", "1.5", "f", "s"), clock())
+                deliveries.add_delivery(tx, to="pacs", sop_uid=sop, study_uid=uid, priority=0, now=clock())
+                state = why.removeprefix("DELIVERY_") if why.startswith("DELIVERY") else "DELIVERED"
+                tx.execute(delivery.update().where(delivery.c.study_uid == uid).values(state=state))
+            if why == "WITHDRAWAL_NEEDED":
+                row = {"study_uid": uid, "sop_uid": sop, "destination": "pacs", "code": "113001", "at": clock()}
+                tx.execute(withdrawal.insert().values(**row))
+            if why == "PATIENT_CONFLICT":
+                studies.set_hold(tx, uid, why)
+        clock.advance(60)
+    with ledger.read() as tx:
+        found = inspect.status(tx, ["pacs"], clock())
+        fewer, more = inspect.attention(tx, most=2)
+    assert [a["why"] for a in found["attention"]] == list(reasons)
+    assert [a["study"] for a in found["attention"]] == [f"1.2.{n}" for n in range(1, 7)]
+    assert found["attention_left_out"] == 0
+    assert ([a["study"] for a in fewer], more) == (["1.2.1", "1.2.2"], 4)
+    text = status_text(found)
+    assert "PATIENT_CONFLICT" in text and "1.2.6" in text and "1.2.0" not in text

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from e2e_node import free_port, peer, wait_for
 
@@ -28,8 +29,8 @@ def _connects(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def orthanc(folder: Path) -> Iterator[Orthanc]:
-    """An empty PACS on a free port, everybody allowed."""
+def orthanc(folder: Path, **more: Any) -> Iterator[Orthanc]:
+    """An empty PACS on a free port, everybody allowed; `more` of its own settings."""
     program = peer("Orthanc")
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -44,7 +45,7 @@ def orthanc(folder: Path) -> Iterator[Orthanc]:
         "DicomCheckModalityHost": False,
         "DicomAlwaysAllowFind": True,
         "DicomAlwaysAllowStore": True,
-    }
+    } | more
     (folder / "orthanc.json").write_text(json.dumps(settings))
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([program, str(folder / "orthanc.json")], stdout=log, stderr=log)
