@@ -207,7 +207,7 @@ def test_each_vendors_liver_goes_through_the_engine_and_the_report_names_the_rul
     make_node: Any, pacs: Any, tmp_path: Path
 ) -> None:
     """One patient, five scanners, one answer: the phases are the same, however they were told apart."""
-    node = make_node(pacs.port)
+    node = make_node(pacs.port, assemble={"quiet_seconds": 5})  # images and region come one after the other
     node.settings["routes"] = [r for r in node.settings["routes"] if r["engine"] == "liver_dce"]
     node.write_config()
     node.start()
@@ -241,7 +241,7 @@ def test_each_encoding_of_a_still_goes_through_the_engine_to_the_same_number(
     make_node: Any, pacs: Any, tmp_path: Path
 ) -> None:
     """Without loss the same number; YBR_FULL is within the rounding of its colours, JPEG within its loss."""
-    node = make_node(pacs.port)
+    node = make_node(pacs.port, assemble={"quiet_seconds": 5})  # images and region come one after the other
     node.settings["routes"] = [r for r in node.settings["routes"] if r["engine"] == "testis_tumour"]
     node.write_config()
     node.start()
