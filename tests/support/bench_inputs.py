@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,25 @@ def phases(work: Path, rounds: int) -> list[str]:
     assert np.array_equal(stack(study), naive_stack(paths))
     lines = told("5 x 80 slices of 256^2 from 400 files -> float32 stack, headers in the ledger", 1.7,
                  paired(lambda: stack(study), lambda: naive_stack(paths), rounds))  # fmt: skip
-    return lines + told("5 x 80 slices of 256^2 from 400 files -> float32 stack, headers parsed too", 1.7,
-                        paired(lambda: stack_from_files(paths), lambda: naive_stack(paths), rounds))  # fmt: skip
+    lines += told("5 x 80 slices of 256^2 from 400 files -> float32 stack, headers parsed too", 1.7,
+                  paired(lambda: stack_from_files(paths), lambda: naive_stack(paths), rounds))  # fmt: skip
+    return [*lines, where_it_goes(paths, rounds)]
+
+
+def where_it_goes(paths: list[Path], rounds: int) -> str:
+    """The fastest round of each step of `stack_from_files`."""
+    best = dict.fromkeys(("headers", "plan", "pixels"), float("inf"))
+    for _ in range(rounds):
+        at = [time.perf_counter()]
+        study = Study.from_instances("1.2.3", 1, read_all(paths))
+        at.append(time.perf_counter())
+        found = dynamic.plan(study)
+        at.append(time.perf_counter())
+        assert not isinstance(found, Refusal), found
+        assert not isinstance(dynamic.load(found, PixelDecoder()), Refusal)
+        at.append(time.perf_counter())
+        best = {step: min(best[step], b - a) for step, (a, b) in zip(best, pairwise(at), strict=True)}
+    return "  of the node's: " + ", ".join(f"{step} {1000 * s:.0f} ms" for step, s in best.items())
 
 
 # --- clip ------------------------------------------------------------------------------------------------------------
