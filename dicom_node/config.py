@@ -150,10 +150,14 @@ class RouteAssemble(_Section):
     quiet_seconds: float | None = Field(None, ge=0)
 
 
+def _lower(value: Any) -> Any:
+    return value.casefold() if isinstance(value, str) else value
+
+
 class Require(_Section):
     min_frames: int | None = Field(None, ge=1)
     min_instances: int | None = Field(None, ge=1)
-    phases: tuple[str, ...] = ()
+    phases: tuple[Annotated[config_phases.PhaseName, BeforeValidator(_lower)], ...] = ()
     clinical: tuple[str, ...] = ()
     series_count: bool = False
     """Ask the PACS (`query`) how many instances the selected series have; fewer here = incomplete."""

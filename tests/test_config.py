@@ -37,6 +37,12 @@ def complaint(text: str, tmp_path: Path) -> ConfigError:
         ("routes: [{name: a, when: {}, indication: {any: [{roi: true}]}, engine: x}]", "routes.0.when", "at least one"),
         ("routes: [{name: a, when: {modality: US}, engine: x}]", "routes.0.indication", "required"),
         (
+            "routes: [{name: a, when: {modality: MR}, engine: x, indication: {any: [{roi: true}]}, "
+            "require: {phases: [venous]}}]",
+            "routes.0.require.phases.0",
+            "'portal venous'",
+        ),
+        (
             "routes: [{name: a, when: {modalty: US}, indication: {any: [{roi: true}]}, engine: x}]",
             "routes.0.when.modalty",
             "DICOM keyword",

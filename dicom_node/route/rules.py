@@ -172,8 +172,7 @@ def _missing_phases(
     found = dynamic.plan(replace(study, series=matched), rules)
     if isinstance(found, Refusal):
         return [f"phases {', '.join(wanted)} ({found})"]
-    known = {name.casefold() for name in found.names}
-    return [f"phase {name}" for name in wanted if name.casefold() not in known]
+    return [f"phase {name}" for name in wanted if name not in found.names]
 
 
 def check_routes(routes: Iterable[Route], file: str) -> None:

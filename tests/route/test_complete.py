@@ -200,7 +200,7 @@ def test_phases_are_told_from_the_headers(tmp_path):
     assert missing_requirements(wanted, study, {}) == ["phase hepatobiliary"]
     first = [study.series[0].series_instance_uid]
     (said,) = missing_requirements(wanted, study, {}, first)
-    assert said.startswith("phases Arterial, delayed, hepatobiliary (PHASE_MISSING")
+    assert said.startswith("phases arterial, delayed, hepatobiliary (PHASE_MISSING")
 
 
 def test_phases_are_named_by_the_rules_of_the_site(tmp_path):
