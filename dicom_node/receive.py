@@ -21,7 +21,13 @@ from typing import Any, Protocol
 from dicom_node import errors
 from dicom_node.config import Receive, Store
 from dicom_node.dimse.admission import Rejection
-from dicom_node.dimse.notification import Availability, NotificationSink
+from dicom_node.dimse.notification import (
+    Availability,
+    Commitment,
+    NotificationSink,
+    availability_of,
+    commitment_sink,
+)
 from dicom_node.dimse.seam import Association, Sink, StoreRequest, StoreResponse
 from dicom_node.dimse.server import Server
 from dicom_node.dimse.status import PROCESSING_FAILURE
@@ -162,7 +168,21 @@ class StorageReceiver:
             instances = list(said.sop_instance_uids)
             self.link.send({"kind": "available", "study": said.study_instance_uid, "instances": instances})
 
-        return NotificationSink(request.transfer_syntax_uid, told)
+        return NotificationSink(request.transfer_syntax_uid, availability_of, told)
+
+    def commitment(self, request: StoreRequest) -> Sink:
+        """See seam.Receiver. This node asks for no commitment itself; who reports one is heard, and counted."""
+
+        def told(said: Commitment) -> None:
+            association = request.association
+            label = self.label(association)
+            self.deltas.inc("dicom_node_commitments_total", said.committed, calling_ae=label, outcome="committed")
+            self.deltas.inc("dicom_node_commitments_total", said.failed, calling_ae=label, outcome="failed")
+            if said.failed:
+                text = f"{association.calling_ae_title} does not answer for {said.failed} instances it was sent"
+                self.report(association.peer, "commitment", "COMMITMENT_FAILED", text)
+
+        return commitment_sink(request, told)
 
     def closed(self, association: Association, *, released: bool) -> None:
         """See seam.Receiver."""
@@ -193,6 +213,10 @@ class StorageReceiver:
         """See seam.Receiver."""
         self.deltas.inc("dicom_node_associations_rejected_total", reason=reason)
         self.report(peer, f"dropped:{reason}", "CONNECTION_DROPPED", f"connection of {peer} cut: {reason}")
+
+    def lingered(self, peer: str) -> None:  # noqa: ARG002  no label names a stranger, and nobody needs to act
+        """See seam.Receiver."""
+        self.deltas.inc("dicom_node_connections_lingering_total")
 
     def stored(self, request: StoreRequest, instance_id: str, size: int, seconds: float) -> None:
         """An instance is durable and will be acknowledged now."""
