@@ -179,7 +179,7 @@ class StorageReceiver:
             self.deltas.inc("dicom_node_commitments_total", said.committed, calling_ae=label, outcome="committed")
             self.deltas.inc("dicom_node_commitments_total", said.failed, calling_ae=label, outcome="failed")
             if said.failed:
-                text = f"{association.calling_ae_title} does not answer for {said.failed} instances it was sent"
+                text = f"{association.calling_ae_title} does not answer for instances it was sent ({said.failed})"
                 self.report(association.peer, "commitment", "COMMITMENT_FAILED", text)
 
         return commitment_sink(request, told)

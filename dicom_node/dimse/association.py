@@ -251,7 +251,7 @@ class StorageAssociation:
             raise PeerError("pdu_too_long" if length > MIN_REQUEST else "pdu_malformed")
 
     def _take(self, event: Event, pdu: memoryview) -> None:
-        if TABLE[self._state][event][0] in (Action.AA_1, Action.AA_8):
+        if TABLE[self._state][event][0] in (Action.AA_1, Action.AA_7, Action.AA_8):
             raise PeerError(self._unexpected(), event, Reason.UNEXPECTED_PDU)
         self._step(event, pdu)
 
@@ -281,27 +281,18 @@ class StorageAssociation:
                 self._start_artim(self._config.request_timeout)
             case Action.AE_6:
                 self._artim = None
-                self._asked()
-                try:
-                    self._judge(Request.of(bytes(pdu)))
-                except ValueError:
-                    raise PeerError("association_request_unreadable") from None
-            case Action.AE_7:
-                self._sock.settimeout(self._config.idle_timeout)
-                self._send(pdu)
+                self._judge(bytes(pdu))
             case Action.DT_2:
                 self._data(pdu)
-            case Action.DT_1 | Action.AR_7:
+            case Action.AE_7 | Action.DT_1 | Action.AR_7:
                 self._send(pdu)
             case Action.AR_2:
                 self._released = True
                 self._step(Event.RELEASE, release_pdu())
             case Action.AE_8 | Action.AR_4:
                 self._last_word(pdu)
-            case Action.AA_1:
-                self._last_word(abort_pdu(None))
-            case Action.AA_8:
-                self._last_word(abort_pdu(diagnostic))
+            case Action.AA_1 | Action.AA_8:
+                self._last_word(abort_pdu(diagnostic if action is Action.AA_8 else None))
             case Action.AA_7:
                 self._send(abort_pdu(diagnostic))
 
@@ -326,8 +317,13 @@ class StorageAssociation:
             self._pending = False
             self._port.admission.connected(self._peer)
 
-    def _judge(self, request: Request) -> None:
-        """Raises ValueError: it cannot be read."""
+    def _judge(self, pdu: bytes) -> None:
+        """Accept or reject the request."""
+        self._asked()
+        try:
+            request = Request.of(pdu)
+        except ValueError:
+            raise PeerError("association_request_unreadable") from None
         calling, called = request.calling_ae_title, request.called_ae_title
         subject = subject_common_name(self._sock.getpeercert()) if isinstance(self._sock, ssl.SSLSocket) else None
         if not request.protocol_version & 1:  # only bit 0 is tested (PS3.8 table 9-11)
@@ -339,10 +335,14 @@ class StorageAssociation:
             self._step(Event.REJECT, reject_pdu(*rejection.value))
             return
         self._admitted = True
-        negotiated, acceptance = self._port.negotiator.negotiate(request)
+        try:
+            negotiated, acceptance = self._port.negotiator.negotiate(request)
+        except ValueError:
+            raise PeerError("association_request_unreadable") from None
         self._contexts, self._peer_max_pdu = negotiated.contexts, negotiated.peer_max_pdu
         self.info = Association(uuid.uuid4().hex, calling, called, self._peer)
         self._receiver.opened(self.info, list(negotiated.rejected))
+        self._sock.settimeout(self._config.idle_timeout)
         self._step(Event.ACCEPT, acceptance)
 
     # Messages: P-DATA-TF to Sink
