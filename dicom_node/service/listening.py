@@ -63,6 +63,16 @@ class SocketLink:
                 select.select([self._socket], [], [])  # the stages process never writes here: readable means gone
 
 
+def without_decoders() -> None:
+    """In a process that decodes no pixels, before pydicom is imported: it must not look for what could.
+
+    numpy and the decoders are a third of the listener's memory, most of its start, and parsers in C++ within reach of
+    every peer. pydicom goes without where an import fails; a `None` in `sys.modules` makes it fail.
+    """
+    for name in ("numpy", "gdcm", "PIL", "pylibjpeg", "openjpeg", "rle", "jpeg_ls", "tqdm"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
 def run_listener(config: Config, link_fd: int | None) -> int:
     """`dicom-node run --only listen`, and the child of `dicom-node run`."""
     from dicom_node.receive import Listener
