@@ -253,3 +253,19 @@ def test_stop_ends_a_connection_that_has_not_asked(tmp_path):
         wait_for(lambda: node.listener._server._all())
         node.listener.stop(grace=2.0)
         assert scu.socket.recv(10) == b""
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="Linux only")
+def test_what_comes_is_acknowledged_at_once(tmp_path):
+    """Else a sender that leaves Nagle on (DCMTK as Debian ships it) waits 40 ms with every message."""
+    with listening(tmp_path) as node, RawScu(node.port) as scu:
+        scu.associate([(1, SC, (EXPLICIT,))])
+        ours = node.listener._server._all()[0]._sock
+        assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+        for _ in range(3):
+            assert scu.store(small_data_set(sop_instance="1.2.3"), SC, "1.2.3").status == 0
+            scu.send(pdata(1, 3, store_command(SC, "1.2.3")) + pdata(1, 0, small_data_set(sop_instance="1.2.3")[:50]))
+            wait_for(lambda: node.listener._server._all()[0]._message)
+            assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK) == 1
+            scu.send(pdata(1, 2, small_data_set(sop_instance="1.2.3")[50:]))
+            assert scu.response().status == 0
