@@ -318,8 +318,7 @@ class StorageAssociation:
             self._port.admission.connected(self._peer)
 
     def _judge(self, pdu: bytes) -> None:
-        """Accept or reject the request."""
-        self._asked()
+        """Accept or reject the request. Who is rejected stays pending until his connection is closed."""
         try:
             request = Request.of(pdu)
         except ValueError:
@@ -335,6 +334,7 @@ class StorageAssociation:
             self._step(Event.REJECT, reject_pdu(*rejection.value))
             return
         self._admitted = True
+        self._asked()
         try:
             negotiated, acceptance = self._port.negotiator.negotiate(request)
         except ValueError:

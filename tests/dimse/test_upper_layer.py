@@ -269,3 +269,29 @@ def test_what_comes_is_acknowledged_at_once(tmp_path):
             assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK) == 1
             scu.send(pdata(1, 2, small_data_set(sop_instance="1.2.3")[50:]))
             assert scu.response().status == 0
+
+
+def test_who_is_rejected_and_stays_takes_a_place_among_the_pending(tmp_path):
+    """Or a stranger would have as many threads of ours as he can open connections in a second."""
+    with listening(tmp_path, max_pending_per_peer=2, release_timeout=5) as node:
+        held = [RawScu(node.port) for _ in range(2)]
+        for scu in held:
+            scu.send(association_request([(1, VERIFICATION, (IMPLICIT,))], called="NOBODY"))
+            assert scu.receive_pdu()[0] == 3
+        with RawScu(node.port) as scu, pytest.raises((AbortedError, OSError)):
+            scu.associate()
+        for scu in held:
+            scu.socket.close()
+        wait_for(lambda: not node.listener._server._all())
+        with RawScu(node.port) as scu:
+            assert scu.associate().echo() == 0
+
+
+def test_the_state_machine_ignores_what_comes_after_a_rejection(tmp_path):
+    with listening(tmp_path) as node, RawScu(node.port) as scu:
+        scu.send(association_request([(1, VERIFICATION, (IMPLICIT,))], called="NOBODY"))
+        assert scu.receive_pdu()[0] == 3
+        scu.send(PDUS["Evt10"] + PDUS["Evt6"])
+        assert scu.receive_pdu() == (7, bytes((0, 0, 2, 2)))
+        scu.send(ABORT)
+        assert scu.socket.recv(10) == b""
