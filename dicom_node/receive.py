@@ -336,7 +336,7 @@ class _InstanceSink:
         if part is None:  # a request handler's own fault; answered as one
             raise RuntimeError("no file to store")
         try:
-            check_data_set(part.path, part.meta)
+            check_data_set(part.fd, part.meta)
         except errors.ReceiveError as e:
             self._part = None
             if self._receiver.files.quarantine(part.release(), str(e)) is not None:
@@ -375,6 +375,7 @@ class Listener:
         self._deltas = deltas if deltas is not None else Deltas()
         self._make_room = room or (lambda files: Room(files, Watermark(store.root, store.min_free_gb)))
         self._server: Server | None = None
+        self._files: Files | None = None
         self._lock: RootLock | None = None
         self._stop = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -386,7 +387,8 @@ class Listener:
         # What it has to say of a peer we count and report ourselves, bounded; its errors come once for each bad packet.
         logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
         try:
-            files = Files(self._store.root, self._store.fallback_charset or "")
+            files = self._files = Files(self._store.root, self._store.fallback_charset or "")
+            files.hold_incoming()
             swept = files.sweep_parts()
             receiver = StorageReceiver(self._config, files, self._make_room(files), self._link, self._log, self._deltas)
             self._server = Server(self._config, receiver, self._tls())
@@ -410,6 +412,8 @@ class Listener:
             self._server.stop(grace)
             self._server = None
             self._send_counts()
+        if self._files is not None:
+            self._files.let_go()
         if self._lock is not None:
             self._lock.close()
             self._lock = None

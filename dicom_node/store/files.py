@@ -78,14 +78,20 @@ class PartFile:
         self.size = 0
         """Bytes of the data set so far."""
         head = part10.encode_meta(meta)
+        self._time = part10.Time(head)
         self._meta, self._sync = replace(meta, dataset_offset=len(head)), sync
         self._fd = -1
         try:
-            self._fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
             _write_all(self._fd, head)
         except OSError as e:
             self.discard()
             raise StoreError(f"an instance cannot be written ({e.strerror})") from e
+
+    @property
+    def fd(self) -> int:
+        """To read it before it is committed."""
+        return self._fd
 
     @property
     def meta(self) -> FileMeta:
@@ -105,7 +111,7 @@ class PartFile:
         """Make it durable under its final name. Only after this may 0x0000 be sent. On StoreError the file is gone."""
         final = self.path.with_suffix(".dcm")
         try:
-            os.pwrite(self._fd, part10.encode_meta(replace(self._meta, received_at=received_at)), 0)
+            os.pwrite(self._fd, *self._time.at(received_at))
             os.fsync(self._fd)
             self.path.rename(final)
             self._sync()
@@ -216,6 +222,17 @@ class Files:
     def new_part(self, meta: FileMeta) -> PartFile:
         """Begin to receive one instance. Raises StoreError."""
         return PartFile(self.incoming, meta, self._incoming_names.sync)
+
+    def hold_incoming(self) -> None:
+        """Keep the folder open for as long as instances come: one system call less each. Raises StoreError."""
+        try:
+            self._incoming_names.open()
+        except OSError as e:
+            raise StoreError(f"the store cannot be opened ({e.strerror})") from e
+
+    def let_go(self) -> None:
+        """After `hold_incoming`."""
+        self._incoming_names.close()
 
     def sweep_parts(self) -> int:
         """Remove what a crash left half received; only the listener may, and only before it listens."""

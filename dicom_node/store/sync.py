@@ -37,6 +37,21 @@ class FolderSync:
         self._condition = threading.Condition()
         self._waiting = _Group()
         self._busy = False
+        self._fd = -1
+
+    def open(self) -> None:
+        """Keep the folder open from now on. Raises OSError."""
+        if self._fd < 0:
+            self._fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Let go of it; `sync` may still be called. Not while one is under way."""
+        with self._condition:
+            while self._busy:
+                self._condition.wait()
+            fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def sync(self) -> None:
         """Make every name that is in the folder now durable. Raises OSError."""
@@ -54,7 +69,10 @@ class FolderSync:
         self._busy, self._waiting = True, _Group()
         self._condition.release()
         try:
-            fsync_folder(self._folder)
+            if self._fd < 0:
+                fsync_folder(self._folder)
+            else:
+                os.fsync(self._fd)
         except OSError as e:
             group.error = e
         finally:

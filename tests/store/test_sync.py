@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 from listener_process import wait_for
@@ -118,3 +119,16 @@ def test_many_at_once_on_a_real_disk(sync, monkeypatch):
     assert 50 <= len(calls) <= 400
     assert sync._waiting.done is False
     assert sync._busy is False
+
+
+def test_the_folder_may_be_held_open(tmp_path):
+    sync = FolderSync(tmp_path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    sync.open()
+    sync.open()
+    sync.sync()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + 1
+    sync.close()
+    sync.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    sync.sync()
