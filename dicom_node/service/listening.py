@@ -27,6 +27,7 @@ from dicom_node.metrics import Recorder
 from dicom_node.service.control import Message, connect, lines
 
 SEND_TIMEOUT = 2.0
+SWITCH_SECONDS = 0.001
 Child: TypeAlias = tuple["subprocess.Popen[bytes]", socket.socket]
 
 
@@ -77,6 +78,9 @@ def run_listener(config: Config, link_fd: int | None) -> int:
     """`dicom-node run --only listen`, and the child of `dicom-node run`."""
     from dicom_node.receive import Listener
 
+    # A peer whose messages cost nothing but our processor holds the interpreter for so long before others get it; an
+    # honest one needs it a dozen times for its C-ECHO.
+    sys.setswitchinterval(SWITCH_SECONDS)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
