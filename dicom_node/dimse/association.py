@@ -341,9 +341,9 @@ class StorageAssociation:
             raise PeerError("association_request_unreadable") from None
         self._contexts, self._peer_max_pdu = negotiated.contexts, negotiated.peer_max_pdu
         self.info = Association(uuid.uuid4().hex, calling, called, self._peer)
-        self._receiver.opened(self.info, list(negotiated.rejected))
         self._sock.settimeout(self._config.idle_timeout)
         self._step(Event.ACCEPT, acceptance)
+        self._receiver.opened(self.info, list(negotiated.rejected))
 
     # Messages: P-DATA-TF to Sink
 

@@ -78,7 +78,7 @@ class Negotiated:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """An A-ASSOCIATE-RQ that can be read."""
+    """The fixed fields of an A-ASSOCIATE-RQ."""
 
     calling_ae_title: str
     called_ae_title: str
@@ -87,13 +87,12 @@ class Request:
 
     @classmethod
     def of(cls, pdu: bytes) -> Request:
-        """Raises ValueError: an AE title of spaces only (PS3.8 table 9-11), items that do not fit into each other."""
+        """Raises ValueError: an AE title of spaces only (PS3.8 table 9-11)."""
         if len(pdu) < 6 + MIN_REQUEST:
             raise ValueError("an A-ASSOCIATE-RQ cut short")
         called, calling = _title(pdu[10:26]), _title(pdu[26:42])
         if not called or not calling:
             raise ValueError("an AE title is missing")
-        _count(pdu[6 + MIN_REQUEST :])
         return cls(calling, called, int.from_bytes(pdu[6:8], "big"), pdu)
 
 
@@ -123,6 +122,7 @@ class Negotiator:
         return negotiated, bytes(acceptance)
 
     def _negotiate(self, items: bytes) -> Negotiated:
+        _count(items)
         fixed = struct.pack(">HH", 1, 0) + b"CALLED".ljust(16) + b"CALLING".ljust(16) + bytes(32)
         pdu = A_ASSOCIATE_RQ()
         try:
