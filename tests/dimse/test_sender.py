@@ -10,7 +10,6 @@ import time
 
 import pytest
 from certificates import Authority
-from listener_process import wait_for
 from pynetdicom import AE
 from raw_scu import SC, explicit, small_data_set
 
@@ -119,13 +118,16 @@ def test_a_file_whose_meta_group_says_something_else_goes_by_its_data_set(tmp_pa
 def test_while_an_answer_is_waited_for_it_will_be_acknowledged_at_once(tmp_path):
     """Else a peer that leaves Nagle on (DCMTK as Debian ships it) holds the rest of it back for 40 ms."""
     path = stored(tmp_path / "a.dcm", odd_data_set())
-    with ReceivingPacs(tmp_path / "pacs", behaviour=Behaviour(delay_seconds=1.0)) as pacs:
+    behaviour = Behaviour()
+    with ReceivingPacs(tmp_path / "pacs", behaviour=behaviour) as pacs:
         sender = Sender("NODE")
+        assert sender.send_file(destination(pacs), path).kind is Outcome.DELIVERED
+        transport = sender._association.dul.socket.socket
+        transport.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)  # as the kernel does after a while
+        behaviour.delay_seconds = 1.0
         sending = threading.Thread(target=sender.send_file, args=(destination(pacs), path))
         sending.start()
-        wait_for(lambda: sender._association and sender._association.is_established)
-        time.sleep(0.4)
-        transport = sender._association.dul.socket.socket
+        time.sleep(0.5)
         assert transport.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK) == 1
         assert transport.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         sending.join()
