@@ -132,12 +132,13 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "replay" and (wrong := _wrong_since(args.since)):
         print(f"dicom-node replay: --since: {wrong}", file=sys.stderr)
         return 2
+    if args.command == "run" and args.only == "listen":
+        from dicom_node.service.listening import run_listener, without_decoders
+
+        without_decoders()  # before the configuration: its keywords are pydicom's
+        return run_listener(configuration.load(args.config), args.link_fd)
     config = configuration.load(args.config)
     if args.command == "run":
-        if args.only == "listen":
-            from dicom_node.service.listening import run_listener
-
-            return run_listener(config, args.link_fd)
         from dicom_node.service import start
 
         return start.run(config, args.config, only=args.only)

@@ -58,9 +58,23 @@ class Receive(_Section):
     tls: Tls | None = None
     max_associations: int = Field(64, ge=1, le=4096)
     max_associations_per_peer: int = Field(16, ge=1)
+    reserved_associations: int | None = Field(None, ge=0)
+    """Of `max_associations`, for peers that hold none: nobody, however busy, can keep another out. null = an eighth."""
+    max_pending: int = Field(32, ge=1, le=4096)
+    """Connections that have not yet asked for an association; half of them for addresses of `allow` only."""
+    max_pending_per_peer: int = Field(8, ge=1)
+    max_request_bytes: int = Field(65536, ge=1024, le=1 << 20)
+    """Of an A-ASSOCIATE-RQ."""
     max_pdu: int = Field(131072, ge=4096, le=1 << 20)
+    max_pdvs: int = Field(1_000_000, ge=100)
+    """Presentation data values (fragments) of one message."""
     max_instance_mb: int = Field(2048, ge=1)
+    handshake_timeout: float = Field(10, gt=0)
+    request_timeout: float = Field(10, gt=0)
     idle_timeout: float = Field(60, gt=0)
+    min_bytes_per_second: float = Field(1024, ge=0)
+    """A message that comes more slowly, judged over each `idle_timeout`, is a stall that pretends to be alive."""
+    release_timeout: float = Field(1, gt=0)
     priority_ae: tuple[AETitle, ...] = ()
     availability: bool = False
     """Accept Instance Availability Notifications (N-CREATE): a hint that a study is complete."""
@@ -68,9 +82,11 @@ class Receive(_Section):
     """Further Storage SOP Class UIDs (vendor private classes): stored, never routed."""
 
     @model_validator(mode="after")
-    def _open_only_on_loopback(self) -> Receive:
+    def _makes_sense(self) -> Receive:
         if not self.allow and not is_loopback(self.host):
             raise ValueError("allow: must list the peers, because host is not loopback ([] = anyone)")
+        if (self.reserved_associations or 0) >= self.max_associations:
+            raise ValueError("reserved_associations: must be less than max_associations")
         return self
 
 

@@ -39,7 +39,7 @@ from dicom_node.result import (
     Result,
     Score,
 )
-from dicom_node.store.files import fsync_folder
+from dicom_node.store.sync import fsync_folder
 
 Array = NDArray[np.floating[Any]]
 SIDES = {  # CID 244

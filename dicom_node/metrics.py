@@ -51,7 +51,8 @@ CATALOGUE: dict[str, Metric] = {
     for metric in (
         # receive
         _counter("associations_accepted", "Associations accepted.", "calling_ae"),
-        _counter("associations_rejected", "Associations rejected or cut before acceptance, by reason.", "reason"),
+        _counter("associations_rejected", "Associations rejected, and connections cut, by reason.", "reason"),
+        _counter("connections_lingering", "Connections that the peer did not close in time when all was said."),
         _counter("associations_aborted", "Accepted associations that ended without a release.", "calling_ae"),
         _gauge("associations_open", "Associations open now."),
         _counter(
@@ -68,6 +69,7 @@ CATALOGUE: dict[str, Metric] = {
             "status",
         ),
         _counter("notifications", "Instance Availability Notifications (N-CREATE) understood.", "calling_ae"),
+        _counter("commitments", "Instances in reports of storage commitment.", "calling_ae", "outcome"),
         _counter("received_bytes", "Bytes of the data sets of acknowledged instances.", "calling_ae"),
         _histogram("store_seconds", "Last byte of an instance received to its acknowledgement.", _FAST),
         _counter("listener_restarts", "Times the listener process ended and was started again."),

@@ -21,7 +21,13 @@ from typing import Any, Protocol
 from dicom_node import errors
 from dicom_node.config import Receive, Store
 from dicom_node.dimse.admission import Rejection
-from dicom_node.dimse.notification import Availability, NotificationSink
+from dicom_node.dimse.notification import (
+    Availability,
+    Commitment,
+    NotificationSink,
+    availability_of,
+    commitment_sink,
+)
 from dicom_node.dimse.seam import Association, Sink, StoreRequest, StoreResponse
 from dicom_node.dimse.server import Server
 from dicom_node.dimse.status import PROCESSING_FAILURE
@@ -162,7 +168,21 @@ class StorageReceiver:
             instances = list(said.sop_instance_uids)
             self.link.send({"kind": "available", "study": said.study_instance_uid, "instances": instances})
 
-        return NotificationSink(request.transfer_syntax_uid, told)
+        return NotificationSink(request.transfer_syntax_uid, availability_of, told)
+
+    def commitment(self, request: StoreRequest) -> Sink:
+        """See seam.Receiver. This node asks for no commitment itself; who reports one is heard, and counted."""
+
+        def told(said: Commitment) -> None:
+            association = request.association
+            label = self.label(association)
+            self.deltas.inc("dicom_node_commitments_total", said.committed, calling_ae=label, outcome="committed")
+            self.deltas.inc("dicom_node_commitments_total", said.failed, calling_ae=label, outcome="failed")
+            if said.failed:
+                text = f"{association.calling_ae_title} does not answer for instances it was sent ({said.failed})"
+                self.report(association.peer, "commitment", "COMMITMENT_FAILED", text)
+
+        return commitment_sink(request, told)
 
     def closed(self, association: Association, *, released: bool) -> None:
         """See seam.Receiver."""
@@ -193,6 +213,10 @@ class StorageReceiver:
         """See seam.Receiver."""
         self.deltas.inc("dicom_node_associations_rejected_total", reason=reason)
         self.report(peer, f"dropped:{reason}", "CONNECTION_DROPPED", f"connection of {peer} cut: {reason}")
+
+    def lingered(self, peer: str) -> None:  # noqa: ARG002  no label names a stranger, and nobody needs to act
+        """See seam.Receiver."""
+        self.deltas.inc("dicom_node_connections_lingering_total")
 
     def stored(self, request: StoreRequest, instance_id: str, size: int, seconds: float) -> None:
         """An instance is durable and will be acknowledged now."""
@@ -312,7 +336,7 @@ class _InstanceSink:
         if part is None:  # a request handler's own fault; answered as one
             raise RuntimeError("no file to store")
         try:
-            check_data_set(part.path, part.meta)
+            check_data_set(part.fd, part.meta)
         except errors.ReceiveError as e:
             self._part = None
             if self._receiver.files.quarantine(part.release(), str(e)) is not None:
@@ -351,6 +375,7 @@ class Listener:
         self._deltas = deltas if deltas is not None else Deltas()
         self._make_room = room or (lambda files: Room(files, Watermark(store.root, store.min_free_gb)))
         self._server: Server | None = None
+        self._files: Files | None = None
         self._lock: RootLock | None = None
         self._stop = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -362,7 +387,8 @@ class Listener:
         # What it has to say of a peer we count and report ourselves, bounded; its errors come once for each bad packet.
         logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
         try:
-            files = Files(self._store.root, self._store.fallback_charset or "")
+            files = self._files = Files(self._store.root, self._store.fallback_charset or "")
+            files.hold_incoming()
             swept = files.sweep_parts()
             receiver = StorageReceiver(self._config, files, self._make_room(files), self._link, self._log, self._deltas)
             self._server = Server(self._config, receiver, self._tls())
@@ -386,6 +412,8 @@ class Listener:
             self._server.stop(grace)
             self._server = None
             self._send_counts()
+        if self._files is not None:
+            self._files.let_go()
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -32,6 +32,11 @@ def complaint(text: str, tmp_path: Path) -> ConfigError:
         ("receive: {port: 70000}", "receive.port", "65535"),
         ("receive: {ae_title: THIS_TITLE_IS_FAR_TOO_LONG}", "receive.ae_title", "1 to 16"),
         ("receive: {host: 0.0.0.0}", "receive.allow", "must list the peers"),
+        (
+            "receive: {max_associations: 4, reserved_associations: 4}",
+            "receive.reserved_associations",
+            "must be less than max_associations",
+        ),
         ("receive: {allow: [{ae_title: PACS, address: here}]}", "receive.allow.0.address", "10.1.0.0/16"),
         ("deliver: {destinations: {pacs: {ae_title: P, host: h}}}", "deliver.destinations.pacs.port", "required"),
         ("routes: [{name: a, when: {}, indication: {any: [{roi: true}]}, engine: x}]", "routes.0.when", "at least one"),

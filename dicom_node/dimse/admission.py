@@ -16,8 +16,8 @@ from enum import Enum
 
 from dicom_node.config import AllowedPeer, Receive
 
-MAX_PENDING = 32
-MAX_PENDING_PER_PEER = 8
+MAX_PENDING = int(Receive.model_fields["max_pending"].default)
+MAX_PENDING_PER_PEER = int(Receive.model_fields["max_pending_per_peer"].default)
 
 
 class Rejection(Enum):
@@ -60,17 +60,18 @@ class Admission:
         self._called = frozenset((config.ae_title, *config.extra_ae_titles))
         self._allow = tuple(_Peer.of(peer) for peer in config.allow)
         self._max, self._max_per_peer = config.max_associations, config.max_associations_per_peer
-        # The last eighth is for peers that hold none: nobody, however busy, can keep another one out.
-        self._reserve = self._max // 8
+        self._max_pending, self._max_pending_per_peer = config.max_pending, config.max_pending_per_peer
+        reserved = config.reserved_associations
+        self._reserve = self._max // 8 if reserved is None else reserved
         self._lock = threading.Lock()
         self._pending: Counter[str] = Counter()
         self._open: Counter[str] = Counter()
 
     def connecting(self, address: str) -> bool:
         """A connection came in. False = close it. True = call `connected` when its request is read, or it failed."""
-        places = MAX_PENDING if self._is_known(address) else MAX_PENDING // 2
+        places = self._max_pending if self._is_known(address) else self._max_pending // 2
         with self._lock:
-            if self._pending.total() >= places or self._pending[address] >= MAX_PENDING_PER_PEER:
+            if self._pending.total() >= places or self._pending[address] >= self._max_pending_per_peer:
                 return False
             self._pending[address] += 1
             return True

@@ -1,48 +1,80 @@
-"""One association as SCP: pynetdicom's negotiation and responses over `upper_layer.py`; C-ECHO, C-STORE, N-CREATE.
+"""One association as SCP, from the connection to its end, in one thread: all that an instance passes on its way in.
 
-The library collects a data set in memory, or in a temporary file that outlives a dead peer. Here fragments go
-straight to a `Sink`; commands and messages in hand are bounded; a thread ends in exactly one place, where nothing is
-left behind.
+    socket -> one buffer -> PDU -> (state, event) -> P-DATA-TF in place -> message (PS3.7 6.3.1) -> Sink
+
+From here the bytes go to `receive.py` and its file; these two files are the whole receive path. Written by hand are
+framing, reassembly and dispatch only: the states are a table (`upper_layer.py`), negotiation is pynetdicom's
+(`negotiation.py`). Everything waits under a deadline and grows under a bound, and while one message is made durable
+the next is not read: TCP holds the peer back, nothing is queued.
 """
 
 from __future__ import annotations
 
 import contextlib
 import socket
-import threading
+import ssl
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from pynetdicom import AE, evt
-from pynetdicom._globals import MODE_ACCEPTOR
-from pynetdicom.association import Association as _Association
-from pynetdicom.dimse import DIMSEServiceProvider
-from pynetdicom.presentation import PresentationContext
-from pynetdicom.transport import AddressInformation
-
-from dicom_node.dimse.command import C_ECHO_RQ, C_STORE_RQ, N_CREATE_RQ, Command, encode_response, parse_command
-from dicom_node.dimse.contexts import INSTANCE_AVAILABILITY
+from dicom_node.config import Receive
+from dicom_node.dimse.admission import Admission, Rejection
+from dicom_node.dimse.command import (
+    C_ECHO_RQ,
+    C_STORE_RQ,
+    N_CREATE_RQ,
+    N_EVENT_REPORT_RQ,
+    Command,
+    encode_response,
+    parse_command,
+)
+from dicom_node.dimse.contexts import COMMITMENT, INSTANCE_AVAILABILITY
+from dicom_node.dimse.negotiation import Context, Negotiator, Request
 from dicom_node.dimse.seam import Association, Receiver, Sink, StoreRequest, StoreResponse
 from dicom_node.dimse.status import ERROR_COMMENT_LENGTH, OUT_OF_RESOURCES, SUCCESS
-from dicom_node.dimse.upper_layer import BoundedSocket, DataTF, PeerError, UpperLayer
+from dicom_node.dimse.tls import subject_common_name
+from dicom_node.dimse.upper_layer import (
+    FOUR_BYTES,
+    HEADER,
+    MIN_REQUEST,
+    PDATA,
+    PDATA_SLACK,
+    PDU_EVENTS,
+    PDV,
+    TABLE,
+    Action,
+    Event,
+    MessageError,
+    PeerError,
+    Progress,
+    Reason,
+    State,
+    abort_pdu,
+    data_pdus,
+    reject_pdu,
+    release_pdu,
+)
 from dicom_node.errors import TooLargeError
 
 MAX_COMMAND = 64 * 1024
-MIN_BYTES_PER_SECOND = 1024
-"""A message slower than this over a whole idle_timeout is a stall that pretends to be alive."""
+"""Bytes of a command set; those of ours have a few hundred."""
+MAX_IGNORED = 1 << 20
+"""Bytes a peer may still send after our last word."""
 
-_WAIT = 0.5
-_NEGOTIATION_ERRORS = (
-    ValueError,
-    TypeError,
-    AttributeError,
-    KeyError,
-    IndexError,
-    AssertionError,
-    NotImplementedError,
-)
+_QUICKACK = getattr(socket, "TCP_QUICKACK", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """What the associations of one port share."""
+
+    config: Receive
+    receiver: Receiver
+    admission: Admission
+    negotiator: Negotiator
+    tls: Callable[[], ssl.SSLContext] | None
+    """Hands out the context for each new connection; None = plain TCP."""
 
 
 @dataclass(slots=True)
@@ -52,222 +84,351 @@ class _Message:
     context_id: int
     command: Command
     sink: Sink
-    began: float
-    size: int = 0
 
 
-class _Messages(DIMSEServiceProvider):
-    """Reassembles messages (PS3.7 6.3.1): commands in memory, data sets into a Sink as they come; and answers them.
+class StorageAssociation:
+    """`run` in a thread of its own; `stop` and `cut` from any other. `info` is None until it is accepted."""
 
-    All of it runs in the upper layer's thread: from the last fragment to the response there is no other thread to wait
-    for, and while one message is made durable the next is not read. That is what bounds the messages in hand to one.
-    """
+    def __init__(self, port: Port, sock: socket.socket, peer: str) -> None:
+        self._port, self._sock, self._peer = port, sock, peer
+        self._config, self._receiver = port.config, port.receiver
+        self.info: Association | None = None
+        self._state = State.IDLE
+        self._artim: float | None = None
+        self._pending, self._admitted = True, False
+        self._stopping = self._answering = self._released = self._deaf = False
+        self._contexts: Mapping[int, Context] = {}
+        self._peer_max_pdu = self._pdvs = self._ignored = 0
+        self._command, self._command_context = bytearray(), 0
+        self._message: _Message | None = None
 
-    def __init__(self, assoc: StorageAssociation, timeout: float) -> None:
-        super().__init__(assoc)
-        self._owner, self._timeout = assoc, timeout
-        self._partial = bytearray()
-        self._current: _Message | None = None
-        self._lock = threading.Lock()
-        self._ended = False
-        self.answering = False
-
-    @property
-    def busy(self) -> bool:
-        """A data set is on its way in, or waits for its answer."""
-        return self.answering or self._current is not None
-
-    def receive_primitive(self, primitive: Any) -> None:
-        """For each P-DATA-TF."""
-        data: DataTF = primitive
+    def run(self) -> None:
+        """The thread: serve, and leave nothing behind whatever happened."""
         try:
-            for context_id, control, fragment in data.values:
-                if control & 1:
-                    self._command(context_id, fragment, last=bool(control & 2))
-                else:
-                    self._data(context_id, fragment, last=bool(control & 2))
-        except PeerError as e:
-            self._owner.complain(str(e))
-            self.abandon()
-            self.dul.event_queue.put("Evt19")  # the state machine aborts
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._shake_hands() and not self._stopping:
+                self._step(Event.CONNECTED)
+                self._receive()
+        except OSError:
+            pass  # connected and gone: a port scan, a probe of a load balancer
+        finally:
+            self._abandon()
+            self._sock.close()
+            if self.info is not None:
+                self._receiver.closed(self.info, released=self._released)
+            self._asked()
+            if self._admitted:
+                self._port.admission.left(self._peer)
 
-    def _command(self, context_id: int, fragment: memoryview, *, last: bool) -> None:
-        if self._current is not None or len(self._partial) + len(fragment) > MAX_COMMAND:
-            raise PeerError("command_out_of_place")
-        self._partial += fragment
+    def stop(self) -> None:
+        """Abort as soon as the message in hand is answered."""
+        self._stopping = True
+        if not (self._answering or self._message is not None or self._command):
+            self._shut(socket.SHUT_RD)  # wakes the read; what we have to say still leaves
+
+    def cut(self) -> None:
+        """Now, whatever is in hand."""
+        self._stopping = True
+        self._shut(socket.SHUT_RDWR)
+
+    def _shut(self, how: int) -> None:
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, how)  # the method of an SSLSocket would end TLS under our thread
+
+    def _shake_hands(self) -> bool:
+        if self._port.tls is None:
+            return True
+        try:
+            self._sock = self._port.tls().wrap_socket(self._sock, server_side=True, do_handshake_on_connect=False)
+            self._sock.settimeout(self._config.handshake_timeout)  # for the handshake as a whole
+            self._sock.do_handshake()
+            return True
+        except ssl.SSLError:
+            self._complain("tls_handshake_failed")
+        except TimeoutError:
+            self._complain("no_tls_handshake_in_time")
+        return False
+
+    # The connection: bytes to PDUs
+
+    def _receive(self) -> None:
+        """Until the state machine is idle again."""
+        room = max(self._config.max_pdu + PDATA_SLACK, self._config.max_request_bytes) + HEADER.size
+        buffer = memoryview(bytearray(2 * room))
+        progress = Progress(self._config.idle_timeout, self._config.min_bytes_per_second)
+        have = 0
+        while self._state is not State.IDLE:
+            began = time.monotonic()
+            try:
+                count = self._read(buffer[have:])
+            except TimeoutError:
+                self._silence(unfinished=self._is_unfinished(have))
+                continue
+            waited = time.monotonic() - began
+            if not count:
+                self._step(Event.ABORT if self._stopping and self._state is State.DATA else Event.CLOSED)
+                continue
+            have += count
+            used = self._pdus(buffer[:have])
+            buffer[: have - used] = buffer[used:have]
+            have -= used
+            if self._state is not State.DATA:
+                self._ignore(count)
+            elif not self._is_unfinished(have):
+                progress.restart()
+            elif progress.is_too_slow(waited, count):
+                self._fail(MessageError("message_too_slow"))
+            if self._stopping and self._state is State.DATA and not (self._message is not None or self._command):
+                self._step(Event.ABORT)
+
+    def _read(self, into: memoryview) -> int:
+        """How many bytes came; 0 = the connection has ended. Raises TimeoutError."""
+        if self._artim is not None:
+            left = self._artim - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._sock.settimeout(left)
+        try:
+            count = self._sock.recv_into(into)
+            if _QUICKACK is not None:
+                # Linux forgets the flag after a while. Without it a sender that leaves Nagle on (DCMTK as Debian
+                # ships it) waits 40 ms for our delayed acknowledgement with every message.
+                self._sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
+            return count
+        except TimeoutError:
+            raise
+        except OSError:
+            return 0
+
+    def _is_unfinished(self, have: int) -> bool:
+        return bool(have or self._command or self._message is not None)
+
+    def _silence(self, *, unfinished: bool) -> None:
+        """The peer's time is up: ARTIM, or the silence of an open association."""
+        if self._state is State.DATA:
+            self._fail(MessageError("message_too_slow" if unfinished else "idle"))
+            return
+        if self._state is State.AWAIT_CLOSE:
+            self._receiver.lingered(self._peer)
+        else:
+            self._complain("no_request_in_time")
+        self._step(Event.ARTIM_EXPIRED)
+
+    def _ignore(self, count: int) -> None:
+        """After our last word."""
+        self._ignored += count
+        if self._state is State.AWAIT_CLOSE and self._ignored > MAX_IGNORED:
+            self._receiver.lingered(self._peer)
+            self._step(Event.ARTIM_EXPIRED)
+
+    def _pdus(self, data: memoryview) -> int:
+        """Take every whole PDU. Returns how many bytes are done with."""
+        at, end = 0, len(data)
+        while end - at >= HEADER.size and not self._deaf and self._state is not State.IDLE:
+            kind, length = HEADER.unpack_from(data, at)
+            try:
+                self._check(kind, length)
+                if end - at < HEADER.size + length:
+                    break
+                self._take(PDU_EVENTS[kind], data[at : at + HEADER.size + length])
+            except PeerError as e:
+                self._fail(e)
+            at += HEADER.size + length
+        return end if self._deaf else at
+
+    def _check(self, kind: int, length: int) -> None:
+        """Of a header, before its PDU is waited for."""
+        if kind == PDATA:
+            sound = length <= self._config.max_pdu + PDATA_SLACK
+        elif kind in FOUR_BYTES:
+            sound = length == 4
+        else:
+            sound = MIN_REQUEST <= length <= self._config.max_request_bytes
+        if kind not in PDU_EVENTS or not sound:
+            self._deaf = True  # where the next PDU would begin is not known any more
+            if kind not in PDU_EVENTS:
+                raise PeerError(self._unexpected(), diagnostic=Reason.UNRECOGNISED_PDU)
+            raise PeerError("pdu_too_long" if length > MIN_REQUEST else "pdu_malformed")
+
+    def _take(self, event: Event, pdu: memoryview) -> None:
+        if TABLE[self._state][event][0] in (Action.AA_1, Action.AA_7, Action.AA_8):
+            raise PeerError(self._unexpected(), event, Reason.UNEXPECTED_PDU)
+        self._step(event, pdu)
+
+    def _unexpected(self) -> str:
+        return "not_an_association_request" if self._state is State.AWAIT_REQUEST else "unexpected_pdu"
+
+    def _fail(self, error: PeerError) -> None:
+        """By the peer's fault."""
+        if self._state is State.IDLE:
+            return  # and gone already
+        if self._state is not State.AWAIT_CLOSE:
+            self._complain(str(error))
+        self._step(error.event, diagnostic=error.diagnostic)
+
+    def _complain(self, reason: str) -> None:
+        self._receiver.dropped(reason, self._peer)
+
+    # The state machine
+
+    def _step(self, event: Event, pdu: bytes | memoryview = b"", *, diagnostic: Reason = Reason.NOT_SPECIFIED) -> None:
+        """`pdu` is the one that came, or the one to send."""
+        action, self._state = TABLE[self._state][event]
+        if self._state is not State.DATA:
+            self._abandon()
+        match action:
+            case Action.AE_5:
+                self._start_artim(self._config.request_timeout)
+            case Action.AE_6:
+                self._artim = None
+                self._judge(bytes(pdu))
+            case Action.DT_2:
+                self._data(pdu)
+            case Action.AE_7 | Action.DT_1 | Action.AR_7:
+                self._send(pdu)
+            case Action.AR_2:
+                self._released = True
+                self._step(Event.RELEASE, release_pdu())
+            case Action.AE_8 | Action.AR_4:
+                self._last_word(pdu)
+            case Action.AA_1 | Action.AA_8:
+                self._last_word(abort_pdu(diagnostic if action is Action.AA_8 else None))
+            case Action.AA_7:
+                self._send(abort_pdu(diagnostic))
+
+    def _start_artim(self, seconds: float) -> None:
+        self._artim = time.monotonic() + seconds
+
+    def _last_word(self, pdu: bytes | memoryview) -> None:
+        # The peer closes: doing it at once would reset the connection and lose this PDU on its way.
+        self._start_artim(self._config.release_timeout)
+        self._sock.settimeout(self._config.release_timeout)
+        self._send(pdu)
+
+    def _send(self, data: bytes | memoryview) -> None:
+        try:
+            self._sock.sendall(data)
+        except OSError:
+            self._step(Event.CLOSED)
+
+    def _asked(self) -> None:
+        """The connection is no longer pending."""
+        if self._pending:
+            self._pending = False
+            self._port.admission.connected(self._peer)
+
+    def _judge(self, pdu: bytes) -> None:
+        """Accept or reject the request. Who is rejected stays pending until his connection is closed."""
+        try:
+            request = Request.of(pdu)
+        except ValueError:
+            raise PeerError("association_request_unreadable") from None
+        calling, called = request.calling_ae_title, request.called_ae_title
+        subject = subject_common_name(self._sock.getpeercert()) if isinstance(self._sock, ssl.SSLSocket) else None
+        if not request.protocol_version & 1:  # only bit 0 is tested (PS3.8 table 9-11)
+            rejection: Rejection | None = Rejection.PROTOCOL_VERSION
+        else:
+            rejection = self._port.admission.admit(self._peer, calling, called, subject)
+        if rejection is not None:
+            self._receiver.rejected(rejection, self._peer, calling, called)
+            self._step(Event.REJECT, reject_pdu(*rejection.value))
+            return
+        self._admitted = True
+        self._asked()
+        try:
+            negotiated, acceptance = self._port.negotiator.negotiate(request)
+        except ValueError:
+            raise PeerError("association_request_unreadable") from None
+        self._contexts, self._peer_max_pdu = negotiated.contexts, negotiated.peer_max_pdu
+        self.info = Association(uuid.uuid4().hex, calling, called, self._peer)
+        self._sock.settimeout(self._config.idle_timeout)
+        self._step(Event.ACCEPT, acceptance)
+        self._receiver.opened(self.info, list(negotiated.rejected))
+
+    # Messages: P-DATA-TF to Sink
+
+    def _data(self, pdu: bytes | memoryview) -> None:
+        """PDVs in place (PS3.8 9.3.5, annex E.2)."""
+        at, end = HEADER.size, len(pdu)
+        if at == end:
+            raise PeerError("pdu_malformed")
+        while at < end and self._state is State.DATA:
+            if end - at < PDV.size:
+                raise PeerError("pdv_malformed")
+            length, context_id, control = PDV.unpack_from(pdu, at)
+            if not 2 <= length <= end - at - 4:
+                raise PeerError("pdv_malformed")
+            if context_id not in self._contexts:
+                raise PeerError("context_not_accepted")
+            self._pdvs += 1
+            if self._pdvs > self._config.max_pdvs:
+                raise MessageError("too_many_pdvs")
+            take = self._take_command if control & 1 else self._take_data
+            take(context_id, pdu[at + PDV.size : at + 4 + length], last=bool(control & 2))
+            at += 4 + length
+
+    def _take_command(self, context_id: int, fragment: bytes | memoryview, *, last: bool) -> None:
+        if self._message is not None or (self._command and context_id != self._command_context):
+            raise MessageError("command_out_of_place")
+        if len(self._command) + len(fragment) > MAX_COMMAND:
+            raise MessageError("command_too_long")
+        self._command += fragment
+        self._command_context = context_id
         if not last:
             return
         try:
-            command = parse_command(bytes(self._partial))
+            command = parse_command(bytes(self._command))
         except ValueError:
-            raise PeerError("command_unreadable") from None
-        self._partial.clear()
+            raise MessageError("command_unreadable") from None
+        self._command.clear()
         if command.field == C_ECHO_RQ and not command.has_data_set:
-            self._owner.respond(context_id, command, StoreResponse(SUCCESS))
-        elif command.field in (C_STORE_RQ, N_CREATE_RQ):
-            self._current = _Message(context_id, command, self._owner.begin(context_id, command), time.monotonic())
-            if not command.has_data_set:
-                self._answer(self._current)
-        else:
-            raise PeerError("operation_not_offered")
+            self._answer(context_id, command, StoreResponse(SUCCESS))
+            return
+        self._message = _Message(context_id, command, self._begin(self._contexts[context_id], command))
+        if not command.has_data_set:
+            self._finish(self._message)
 
-    def _data(self, context_id: int, fragment: memoryview, *, last: bool) -> None:
-        message = self._current
+    def _begin(self, context: Context, command: Command) -> Sink:
+        """Where the data set of a request goes: what is offered depends on the context's SOP Class."""
+        field, begin = {
+            INSTANCE_AVAILABILITY: (N_CREATE_RQ, self._receiver.notify),
+            COMMITMENT.uid: (N_EVENT_REPORT_RQ, self._receiver.commitment),
+        }.get(context.abstract_syntax, (C_STORE_RQ, self._receiver.begin))
+        if command.field != field or self.info is None:
+            raise MessageError("operation_not_offered")
+        uids = (command.sop_class_uid, command.sop_instance_uid)
+        return begin(StoreRequest(self.info, *uids, context.transfer_syntax, command.event_type_id))
+
+    def _take_data(self, context_id: int, fragment: bytes | memoryview, *, last: bool) -> None:
+        message = self._message
         if message is None or message.context_id != context_id:
-            raise PeerError("data_out_of_place")
-        message.size += len(fragment)
-        took = time.monotonic() - message.began
-        if took > self._timeout and message.size < took * MIN_BYTES_PER_SECOND:
-            raise PeerError("message_too_slow")
+            raise MessageError("data_out_of_place")
         try:
-            with self._lock:
-                if self._ended:
-                    return
-                message.sink.write(fragment)
+            message.sink.write(memoryview(fragment))
         except TooLargeError as e:
-            self._current = None
-            self._owner.respond(context_id, message.command, StoreResponse(OUT_OF_RESOURCES, str(e)))
-            raise PeerError("instance_too_large") from None
+            self._message = None
+            self._answer(context_id, message.command, StoreResponse(OUT_OF_RESOURCES, str(e)))
+            raise MessageError("instance_too_large") from None
         if last:
-            self._answer(message)
+            self._finish(message)
 
-    def _answer(self, message: _Message) -> None:
-        self.answering, self._current = True, None
-        self._owner.respond(message.context_id, message.command, message.sink.finish())
-        self.answering = False
+    def _finish(self, message: _Message) -> None:
+        self._answering, self._message = True, None
+        self._answer(message.context_id, message.command, message.sink.finish())
+        self._answering = False
 
-    def abandon(self) -> None:
-        """The association is over: a data set that did not come to its end leaves nothing. May be called twice."""
-        with self._lock:
-            self._ended = True
-            message, self._current = self._current, None
-        if message is not None:
-            message.sink.abandon()
-
-
-class StorageAssociation(_Association):
-    """A thread that answers C-ECHO, C-STORE and N-CREATE until the peer ends it, is silent, or breaks a rule."""
-
-    def __init__(
-        self,
-        ae: AE,
-        info: Association,
-        sock: socket.socket,
-        request: bytes,
-        contexts: list[PresentationContext],
-        receiver: Receiver,
-        on_end: Callable[[StorageAssociation], None],
-    ) -> None:
-        self.work = threading.Event()
-        super().__init__(ae, MODE_ACCEPTOR)
-        self.info, self._receiver, self._on_end = info, receiver, on_end
-        self._raw, self._stopping, self._opened = sock, False, False
-        timeout = float(ae.network_timeout or 60)
-        self.dul = self._layer = UpperLayer(self, self.work)
-        self.dimse = self._messages = _Messages(self, timeout)
-        self.acse_timeout, self.network_timeout = ae.acse_timeout, timeout  # again: they set the new layer's timers
-        max_pdu = ae.maximum_pdu_size
-        self.set_socket(BoundedSocket(self, sock, request, max_pdu=max_pdu, timeout=timeout, complain=self.complain))
-        self.acceptor.maximum_length = max_pdu
-        self.acceptor.ae_title = info.called_ae_title
-        self.acceptor.address_info = AddressInformation.from_tuple(sock.getsockname())
-        self.acceptor.implementation_class_uid = ae.implementation_class_uid
-        self.acceptor.implementation_version_name = ae.implementation_version_name
-        self.acceptor.supported_contexts = contexts
-        self.requestor.address_info = AddressInformation.from_tuple(sock.getpeername())
-        self.name = f"association-{info.association_id[:8]}"
-
-    def run_reactor(self) -> None:
-        """The thread: negotiate, serve, and leave nothing behind whatever happened."""
-        try:
-            super().run_reactor()
-        except _NEGOTIATION_ERRORS:  # the library on a hostile request
-            self.complain("negotiation_failed")
-        finally:
-            with contextlib.suppress(OSError):
-                self._raw.shutdown(
-                    socket.SHUT_RDWR
-                )  # the upper layer ends with its connection, in whatever state it is
-            self.kill()
-            self._raw.close()
-            self._layer.close()
-            self._messages.abandon()
-            if self._opened:
-                self._receiver.closed(self.info, released=self.is_released)
-            self._on_end(self)
-
-    def _bind_defaults(self) -> None:
-        # Without the library's logging handlers: they describe data sets.
-        for event in evt._INTERVENTION_EVENTS:
-            self.bind(event, evt.get_default_handler(event))
-
-    def _run_reactor(self) -> None:
-        self._opened = True
-        self._receiver.opened(self.info, [(str(c.abstract_syntax), c.result or 0) for c in self.rejected_contexts])
-        while not self._kill:
-            self.work.wait(_WAIT)
-            self.work.clear()
-            if self._over():
-                self.kill()
-
-    def _over(self) -> bool:
-        if self.acse.is_release_requested():
-            self.acse.send_release(is_response=True)
-            self.is_released, self.is_established = True, False
-            return True
-        if self.acse.is_aborted() or not self.dul.is_alive():
-            self.is_aborted, self.is_established = True, False
-            return True
-        if self._messages.answering:
-            self._layer.busy_until_now()
-        elif self.dul.idle_timer_expired():
-            self.complain("idle")
-            self.abort(block=False)
-            return True
-        if self._stopping and not self._messages.busy:
-            self.abort(block=False)
-            return True
-        return False
-
-    # Called from the upper layer's thread, and from the server
-
-    def begin(self, context_id: int, command: Command) -> Sink:
-        """A C-STORE-RQ or N-CREATE-RQ is complete; where its data set goes."""
-        context = self._accepted_cx.get(context_id)
-        if context is None:
-            raise PeerError("context_not_accepted")
-        syntax = str(context.transfer_syntax[0])
-        request = StoreRequest(self.info, command.sop_class_uid, command.sop_instance_uid, syntax)
-        notifies = str(context.abstract_syntax) == INSTANCE_AVAILABILITY
-        if notifies != (command.field == N_CREATE_RQ):
-            raise PeerError("operation_not_offered")
-        return self._receiver.notify(request) if notifies else self._receiver.begin(request)
-
-    def respond(self, context_id: int, command: Command, answer: StoreResponse) -> None:
-        """Send the response in as many P-DATA-TF as the peer's maximum length asks for (PS3.8 annex D.1)."""
+    def _answer(self, context_id: int, command: Command, answer: StoreResponse) -> None:
         data = encode_response(
             command,
             answer.status,
             comment=answer.comment[:ERROR_COMMENT_LENGTH],
             offending_element=answer.offending_element,
         )
-        room = max(1, (self.requestor.maximum_length or len(data) + 6) - 6)  # 0 = the peer takes any length
-        for at in range(0, len(data), room):
-            self._layer.send_data(context_id, data[at : at + room], command=True, last=at + room >= len(data))
-        self._layer.busy_until_now()
+        self._pdvs = 0
+        self._step(Event.SEND_DATA, data_pdus(context_id, data, self._peer_max_pdu))
 
-    def complain(self, reason: str) -> None:
-        """The association ends by the peer's fault."""
-        self._receiver.dropped(reason, self.info.peer)
-
-    def stop(self) -> None:
-        """Abort as soon as the message in hand is answered."""
-        self._stopping = True
-        self.work.set()
-
-    def cut(self) -> None:
-        """Now, whatever is in hand: wakes every blocked read."""
-        self._kill = True
-        self.work.set()
-        with contextlib.suppress(OSError):
-            self._raw.shutdown(socket.SHUT_RDWR)
+    def _abandon(self) -> None:
+        """A data set that did not come to its end leaves nothing."""
+        message, self._message = self._message, None
+        if message is not None:
+            message.sink.abandon()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 C_STORE_RQ = 0x0001
 C_ECHO_RQ = 0x0030
+N_EVENT_REPORT_RQ = 0x0100
 N_CREATE_RQ = 0x0140
 RESPONSE = 0x8000
 NO_DATA_SET = 0x0101
@@ -25,6 +26,8 @@ class Command:
     has_data_set: bool
     sop_class_uid: str
     sop_instance_uid: str
+    event_type_id: int | None = None
+    """Of an N-EVENT-REPORT-RQ."""
 
 
 def parse_command(data: bytes) -> Command:
@@ -46,11 +49,12 @@ def parse_command(data: bytes) -> Command:
         has_data_set=_number(values, 0x0800) != NO_DATA_SET,
         sop_class_uid=_uid(values, 0x0002),
         sop_instance_uid=_uid(values, 0x1000),
+        event_type_id=_number(values, 0x1002) if 0x1002 in values else None,
     )
 
 
 def encode_response(request: Command, status: int, *, comment: str = "", offending_element: int | None = None) -> bytes:
-    """The C-STORE-, C-ECHO- or N-CREATE-RSP to a request. A UID that cannot be one is left out (they are optional)."""
+    """The response to a request. A UID that cannot be one is left out (they are optional)."""
     body = b"".join(
         (
             _element(0x0002, _echoed(request.sop_class_uid)),

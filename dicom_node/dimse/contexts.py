@@ -14,6 +14,7 @@ from typing import Literal
 
 VERIFICATION = "1.2.840.10008.1.1"
 INSTANCE_AVAILABILITY = "1.2.840.10008.5.1.4.33"
+STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"
 
 EXPLICIT_VR_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
 IMPLICIT_VR_LITTLE_ENDIAN = "1.2.840.10008.1.2"
@@ -58,9 +59,10 @@ class SopClass:
 
     uid: str
     name: str
-    use: Literal["image", "report", "region", "stored", "verification", "notification"]
+    use: Literal["image", "report", "region", "stored", "verification", "notification", "commitment"]
     """image: routed; report: clinical and measurement input; region: ROI input; stored: kept, never routed, so that the
-    sender's whole-study job does not fail; notification: N-CREATE, only where `receive.availability` is true."""
+    sender's whole-study job does not fail; notification: N-CREATE, only where `receive.availability` is true;
+    commitment: N-EVENT-REPORT, only with the roles reversed."""
     transfer_syntaxes: tuple[str, ...] = ALL
 
 
@@ -98,6 +100,9 @@ SOP_CLASSES: tuple[SopClass, ...] = (
     SopClass(_STORAGE + "2", "CT Image Storage", "stored"),
     SopClass(INSTANCE_AVAILABILITY, "Instance Availability Notification", "notification", UNCOMPRESSED),
 )
+
+COMMITMENT = SopClass(STORAGE_COMMITMENT, "Storage Commitment Push Model", "commitment", UNCOMPRESSED)
+"""Taken only from a peer that proposes itself as SCP (PS3.7 D.3.3.4, PS3.4 J.3.3): a PACS that reports to us."""
 
 
 def accepted(also_accept: Iterable[str] = (), *, availability: bool = False) -> tuple[SopClass, ...]:

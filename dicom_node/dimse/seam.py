@@ -1,4 +1,4 @@
-"""The seam between the transport (`server.py`, `association.py`) and what is done with an instance (`receive.py`).
+"""The seam between the transport (`association.py`) and what is done with an instance (`receive.py`).
 
 The transport knows sockets, PDUs and DIMSE commands, and nothing of files; the receiver knows files and nothing of
 PDUs. Either can be replaced without the other noticing.
@@ -26,12 +26,14 @@ class Association:
 
 @dataclass(frozen=True, slots=True)
 class StoreRequest:
-    """A C-STORE-RQ: the command, before its data set. UIDs are as the peer wrote them, perhaps malformed."""
+    """A request with a data set: the command, before it. UIDs are as the peer wrote them, perhaps malformed."""
 
     association: Association
     sop_class_uid: str
     sop_instance_uid: str
     transfer_syntax_uid: str
+    event_type_id: int | None = None
+    """Of an N-EVENT-REPORT."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,9 @@ class Receiver(Protocol):
     def notify(self, request: StoreRequest) -> Sink:
         """An N-CREATE-RQ of Instance Availability Notification came; its data set follows."""
 
+    def commitment(self, request: StoreRequest) -> Sink:
+        """An N-EVENT-REPORT-RQ of the Storage Commitment Push Model came; its data set follows."""
+
     def closed(self, association: Association, *, released: bool) -> None:
         """It ended, in order or not."""
 
@@ -77,3 +82,6 @@ class Receiver(Protocol):
 
     def dropped(self, reason: str, peer: str) -> None:
         """A connection was cut for what it did, or failed to do."""
+
+    def lingered(self, peer: str) -> None:
+        """A peer did not close its connection in time after the end of its association; we did."""

@@ -1,12 +1,13 @@
 """The node as SCU: C-STORE of persisted files and C-ECHO, over one association that is kept for a batch.
 
-The stored bytes are what is sent. Where a peer does not take a compressed transfer syntax, the frames are decompressed
-for that association only, under the same SOP Instance UID; the file stays as it is. Stands under deliver and the
-command line; decides nothing about retries, only says what happened (`SendOutcome`).
+The stored bytes are what is sent, from the file in pieces. Where a peer does not take their transfer syntax, the data
+set is encoded anew (and decompressed) for that association only, under the same SOP Instance UID; the file stays as it
+is. Stands under deliver and the command line; decides nothing about retries, only says what happened (`SendOutcome`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import socket
 import ssl
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pynetdicom import AE, evt
+from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import build_context
 
@@ -72,6 +73,7 @@ class Sender:
 
     def __init__(self, calling_ae_title: str, *, objects_per_association: int = BATCH) -> None:
         self._calling, self._limit = calling_ae_title, objects_per_association
+        _config.STORE_SEND_CHUNKED_DATASET = True  # of files that are given by their path, as `_store` does
         self._association: Association | None = None
         self._key: tuple[Any, ...] = ()
         self._sent, self._used = 0, 0.0
@@ -79,14 +81,14 @@ class Sender:
     def send_file(self, to: Destination, path: Path, *, batch: Iterable[tuple[str, str]] = ()) -> SendOutcome:
         """C-STORE one Part 10 file. `batch`: (SOP Class, Transfer Syntax) of what else this association will carry."""
         try:
-            dataset = pydicom.dcmread(path)
-            wanted = (str(dataset.SOPClassUID), str(dataset.file_meta.TransferSyntaxUID))
+            head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
+            wanted = (str(head.SOPClassUID), str(head.file_meta.TransferSyntaxUID))
         except (OSError, pydicom.errors.InvalidDicomError, AttributeError) as e:
             return SendOutcome(Outcome.DEAD, None, f"the object's file cannot be read ({type(e).__name__})")
         failed = self._open(to, {wanted, *batch})
         if failed is not None:
             return failed
-        return self._store(dataset, wanted)
+        return self._store(path, head, wanted)
 
     def echo(self, to: Destination) -> EchoOutcome:
         """C-ECHO on an association of its own."""
@@ -150,21 +152,21 @@ class Sender:
             contexts,
             ae_title=to.ae_title,
             tls_args=tls,
-            evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay)],
+            evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay), (evt.EVT_DATA_SENT, _quick_ack)],
         )
 
-    def _store(self, dataset: Dataset, wanted: tuple[str, str]) -> SendOutcome:
+    def _store(self, path: Path, head: Dataset, wanted: tuple[str, str]) -> SendOutcome:
         association = self._association
         assert association is not None  # noqa: S101  _open made it
         accepted = {(c.abstract_syntax, c.transfer_syntax[0]) for c in association.accepted_contexts}
         if not any(a == wanted[0] for a, _ in accepted):
             return SendOutcome(Outcome.PAUSE, None, f"the peer takes no {UID(wanted[0]).name}", connection=False)
-        if UID(wanted[1]).is_compressed and wanted not in accepted:
-            dataset = _decompressed(dataset)
         try:
-            self._quick_ack(association)
-            answer = association.send_c_store(dataset)
-        except (RuntimeError, ValueError) as e:
+            if wanted in accepted and _says_what_it_is(head):
+                answer = association.send_c_store(path)
+            else:
+                answer = association.send_c_store(_readable(path, wanted[1], wanted in accepted))
+        except (RuntimeError, ValueError, OSError) as e:
             self.close()
             return SendOutcome(Outcome.RETRY, None, f"the association broke ({type(e).__name__})", connection=True)
         self._sent, self._used = self._sent + 1, time.monotonic()
@@ -174,16 +176,33 @@ class Sender:
             return SendOutcome(Outcome.RETRY, None, "no answer: time-out, abort or connection lost", connection=True)
         return SendOutcome(classify(answer.Status), int(answer.Status), _said(int(answer.Status)))
 
-    @staticmethod
-    def _quick_ack(association: Association) -> None:
-        """A peer with Nagle on holds its response back until we acknowledge: do that at once (Linux)."""
-        transport = association.dul.socket
-        if TCP_QUICKACK is not None and transport is not None and transport.socket is not None:
-            transport.socket.setsockopt(socket.IPPROTO_TCP, TCP_QUICKACK, 1)
-
 
 def _no_delay(event: Any) -> None:
     event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _quick_ack(event: Any) -> None:
+    """A peer with Nagle on holds its response back until we acknowledge: do that at once (Linux).
+
+    After each PDU, for sending one ends the mode: what waits for the answer must be asked for last.
+    """
+    transport = event.assoc.dul.socket
+    if TCP_QUICKACK is not None and transport is not None and transport.socket is not None:
+        with contextlib.suppress(OSError):
+            transport.socket.setsockopt(socket.IPPROTO_TCP, TCP_QUICKACK, 1)
+
+
+def _says_what_it_is(head: Dataset) -> bool:
+    """The command is made of the meta group; a peer compares it with the data set."""
+    meta = head.file_meta
+    named = (meta.get("MediaStorageSOPClassUID"), meta.get("MediaStorageSOPInstanceUID"))
+    return named == (head.get("SOPClassUID"), head.get("SOPInstanceUID"))
+
+
+def _readable(path: Path, syntax: str, as_it_is: bool) -> Dataset:
+    """For a peer that takes another transfer syntax than the file's."""
+    dataset = pydicom.dcmread(path)
+    return _decompressed(dataset) if UID(syntax).is_compressed and not as_it_is else dataset
 
 
 def _decompressed(dataset: Dataset) -> Dataset:

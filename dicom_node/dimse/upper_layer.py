@@ -1,265 +1,249 @@
-"""pynetdicom's DICOM upper layer (PS3.8 section 9) with what it lacks: bounds, deadlines, waiting instead of polling.
+"""The DICOM upper layer of an acceptor (PS3.8 section 9): its states, its events, and what each pair asks for.
 
-The library reads a PDU of any length, waits for one for ever, and looks for work a thousand times a second in each of
-two threads. Here, by subclassing and per instance, so nothing of the library is patched: `BoundedSocket` caps the
-length of each PDU type, gives each PDU a deadline and acknowledges at once; `UpperLayer` sleeps until the peer or we
-have something to say, and hands P-DATA on without copying it five times.
+A table and the words on the wire, no socket: `association.py` carries the actions out. The PDUs of association control
+are pynetdicom's; P-DATA-TF alone is framed by hand, because every byte of every instance passes through it.
+
+States in which only a requestor can be (Sta4, Sta5) or an acceptor that asks for a release itself (Sta7, Sta9 to
+Sta12) do not occur: this node ends an association on its own account by A-ABORT only.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import queue
-import select
-import socket
-import ssl
 import struct
-import threading
-import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Mapping
+from enum import IntEnum, StrEnum
 
-from pynetdicom.association import Association
-from pynetdicom.dul import DULServiceProvider
-from pynetdicom.pdu import A_ABORT_RQ
-from pynetdicom.transport import AssociationSocket
+from pynetdicom.pdu import A_ABORT_RQ, A_ASSOCIATE_RJ, A_RELEASE_RP
 
-MAX_OTHER_PDU = 64 * 1024
-"""Everything but P-DATA-TF, the A-ASSOCIATE-RQ above all."""
+HEADER = struct.Struct(">BxL")
+"""PDU type and length (PS3.8 9.3.1)."""
+PDV = struct.Struct(">LBB")
+"""Item length, presentation context ID, message control header (PS3.8 9.3.5.1 and annex E.2)."""
+PDATA = 4
 PDATA_SLACK = 16
 """Some peers count a header into the maximum length, some out of it."""
-ABORT_UNRECOGNISED, ABORT_INVALID_PARAMETER = 1, 6
-"""Reasons of an A-ABORT by the service provider (PS3.8 table 9-26)."""
-
-_WAIT = 0.5
-_DRAIN_BYTES, _DRAIN_SECONDS = 1 << 20, 1.0
+MIN_REQUEST = 68
+"""The fixed fields of an A-ASSOCIATE-RQ (PS3.8 table 9-11)."""
 
 
-class PeerError(OSError):
-    """The peer broke the protocol or a bound. An OSError: that is what the library ends an association for."""
+class State(StrEnum):
+    """PS3.8 tables 9-1 to 9-5."""
+
+    IDLE = "Sta1"
+    AWAIT_REQUEST = "Sta2"
+    AWAIT_ANSWER = "Sta3"
+    """Our own answer to the request."""
+    DATA = "Sta6"
+    AWAIT_RELEASE = "Sta8"
+    """Our own answer to the A-RELEASE-RQ."""
+    AWAIT_CLOSE = "Sta13"
 
 
-def abort_pdu(reason: int) -> bytes:
-    """A-ABORT by the service provider."""
+class Event(StrEnum):
+    """PS3.8 table 9-10, as far as an acceptor meets them. From the peer, from its connection, or from ourselves."""
+
+    ASSOCIATE_AC = "Evt3"
+    ASSOCIATE_RJ = "Evt4"
+    CONNECTED = "Evt5"
+    ASSOCIATE_RQ = "Evt6"
+    ACCEPT = "Evt7"
+    REJECT = "Evt8"
+    SEND_DATA = "Evt9"
+    DATA_TF = "Evt10"
+    RELEASE_RQ = "Evt12"
+    RELEASE_RP = "Evt13"
+    RELEASE = "Evt14"
+    ABORT = "Evt15"
+    ABORT_PDU = "Evt16"
+    CLOSED = "Evt17"
+    ARTIM_EXPIRED = "Evt18"
+    INVALID = "Evt19"
+    """An unrecognised or invalid PDU."""
+
+
+class Action(StrEnum):
+    """PS3.8 tables 9-6 to 9-9."""
+
+    AE_5 = "AE-5"
+    """Take the connection, start ARTIM."""
+    AE_6 = "AE-6"
+    """Stop ARTIM, judge the request."""
+    AE_7 = "AE-7"
+    """Send the A-ASSOCIATE-AC."""
+    AE_8 = "AE-8"
+    """Send the A-ASSOCIATE-RJ, start ARTIM."""
+    DT_1 = "DT-1"
+    """Send P-DATA-TF."""
+    DT_2 = "DT-2"
+    """Take P-DATA-TF."""
+    AR_2 = "AR-2"
+    """The peer asks for a release."""
+    AR_4 = "AR-4"
+    """Send the A-RELEASE-RP, start ARTIM."""
+    AR_5 = "AR-5"
+    """Stop ARTIM: the peer has closed."""
+    AR_7 = "AR-7"
+    """Send P-DATA-TF although the peer asked for a release."""
+    AA_1 = "AA-1"
+    """Send an A-ABORT of the service user, start ARTIM."""
+    AA_2 = "AA-2"
+    """Stop ARTIM, close."""
+    AA_3 = "AA-3"
+    """Aborted by the peer: close."""
+    AA_4 = "AA-4"
+    """The connection is gone."""
+    AA_5 = "AA-5"
+    """Stop ARTIM: gone before it asked for anything."""
+    AA_6 = "AA-6"
+    """Take no notice."""
+    AA_7 = "AA-7"
+    """Send an A-ABORT, stay."""
+    AA_8 = "AA-8"
+    """Send an A-ABORT of the service provider, start ARTIM."""
+
+
+class Reason(IntEnum):
+    """Of an A-ABORT by the service provider (PS3.8 table 9-26)."""
+
+    NOT_SPECIFIED = 0
+    UNRECOGNISED_PDU = 1
+    UNEXPECTED_PDU = 2
+    UNRECOGNISED_PARAMETER = 4
+    UNEXPECTED_PARAMETER = 5
+    INVALID_PARAMETER = 6
+
+
+PDU_EVENTS: Mapping[int, Event] = {
+    1: Event.ASSOCIATE_RQ,
+    2: Event.ASSOCIATE_AC,
+    3: Event.ASSOCIATE_RJ,
+    PDATA: Event.DATA_TF,
+    5: Event.RELEASE_RQ,
+    6: Event.RELEASE_RP,
+    7: Event.ABORT_PDU,
+}
+"""By PDU type; any other type is `Event.INVALID`."""
+FOUR_BYTES = frozenset({3, 5, 6, 7})
+"""Types of PDU whose length is always 4."""
+
+_Row = dict[Event, tuple[Action, State]]
+
+
+def _each(action: Action, state: State, *events: Event) -> _Row:
+    return dict.fromkeys(events, (action, state))
+
+
+_NOT_FOR_US = (Event.ASSOCIATE_AC, Event.ASSOCIATE_RJ, Event.RELEASE_RP)
+"""PDUs that answer what an acceptor never asked."""
+_ENDED: _Row = {Event.ABORT_PDU: (Action.AA_3, State.IDLE), Event.CLOSED: (Action.AA_4, State.IDLE)}
+_ABORTED: _Row = {Event.ABORT: (Action.AA_1, State.AWAIT_CLOSE)}
+
+TABLE: Mapping[State, Mapping[Event, tuple[Action, State]]] = {
+    State.IDLE: {Event.CONNECTED: (Action.AE_5, State.AWAIT_REQUEST)},
+    State.AWAIT_REQUEST: {
+        Event.ASSOCIATE_RQ: (Action.AE_6, State.AWAIT_ANSWER),
+        **_each(Action.AA_1, State.AWAIT_CLOSE, *_NOT_FOR_US, Event.DATA_TF, Event.RELEASE_RQ, Event.INVALID),
+        **_each(Action.AA_2, State.IDLE, Event.ABORT_PDU, Event.ARTIM_EXPIRED),
+        Event.CLOSED: (Action.AA_5, State.IDLE),
+    },
+    State.AWAIT_ANSWER: {
+        Event.ACCEPT: (Action.AE_7, State.DATA),
+        Event.REJECT: (Action.AE_8, State.AWAIT_CLOSE),
+        **_each(Action.AA_8, State.AWAIT_CLOSE, *_NOT_FOR_US, Event.ASSOCIATE_RQ, Event.DATA_TF),
+        **_each(Action.AA_8, State.AWAIT_CLOSE, Event.RELEASE_RQ, Event.INVALID),
+        **_ABORTED,
+        **_ENDED,
+    },
+    State.DATA: {
+        Event.DATA_TF: (Action.DT_2, State.DATA),
+        Event.SEND_DATA: (Action.DT_1, State.DATA),
+        Event.RELEASE_RQ: (Action.AR_2, State.AWAIT_RELEASE),
+        **_each(Action.AA_8, State.AWAIT_CLOSE, *_NOT_FOR_US, Event.ASSOCIATE_RQ, Event.INVALID),
+        **_ABORTED,
+        **_ENDED,
+    },
+    State.AWAIT_RELEASE: {
+        Event.RELEASE: (Action.AR_4, State.AWAIT_CLOSE),
+        Event.SEND_DATA: (Action.AR_7, State.AWAIT_RELEASE),
+        **_each(Action.AA_8, State.AWAIT_CLOSE, *_NOT_FOR_US, Event.ASSOCIATE_RQ, Event.DATA_TF),
+        **_each(Action.AA_8, State.AWAIT_CLOSE, Event.RELEASE_RQ, Event.INVALID),
+        **_ABORTED,
+        **_ENDED,
+    },
+    State.AWAIT_CLOSE: {
+        **_each(Action.AA_6, State.AWAIT_CLOSE, *_NOT_FOR_US, Event.DATA_TF, Event.RELEASE_RQ),
+        **_each(Action.AA_7, State.AWAIT_CLOSE, Event.ASSOCIATE_RQ, Event.INVALID),
+        **_each(Action.AA_2, State.IDLE, Event.ABORT_PDU, Event.ARTIM_EXPIRED),
+        Event.CLOSED: (Action.AR_5, State.IDLE),
+    },
+}
+"""PS3.8 table 9-10. What the peer or its connection can do is there for every state but the first; of what we do
+ourselves only what makes sense, so a pair that is missing is a fault of ours."""
+
+
+class PeerError(Exception):
+    """The peer broke a rule or a bound: the association ends. `event` says which end it takes."""
+
+    def __init__(
+        self, reason: str, event: Event = Event.INVALID, diagnostic: Reason = Reason.INVALID_PARAMETER
+    ) -> None:
+        super().__init__(reason)
+        self.event, self.diagnostic = event, diagnostic
+
+
+class MessageError(PeerError):
+    """What the PDUs carry is no message of ours (PS3.7): aborted by us as the user of the upper layer."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, Event.ABORT, Reason.NOT_SPECIFIED)
+
+
+class Progress:
+    """Is the peer still sending, or does it only pretend? Judged by bytes over the time we waited for them."""
+
+    def __init__(self, seconds: float, bytes_per_second: float) -> None:
+        self._seconds, self._rate = seconds, bytes_per_second
+        self._waited, self._bytes = 0.0, 0
+
+    def restart(self) -> None:
+        """Nothing is under way."""
+        self._waited, self._bytes = 0.0, 0
+
+    def is_too_slow(self, waited: float, count: int) -> bool:
+        """After each read. A window of its own every `seconds`: a fast beginning does not pay for a slow rest."""
+        self._waited, self._bytes = self._waited + waited, self._bytes + count
+        if self._waited <= self._seconds:
+            return False
+        slow = self._bytes < self._waited * self._rate
+        self.restart()
+        return slow
+
+
+def abort_pdu(reason: Reason | None) -> bytes:
+    """A-ABORT by the service provider; None = by the service user, which gives no reason."""
     pdu = A_ABORT_RQ()
-    pdu.source, pdu.reason_diagnostic = 2, reason
+    pdu.source, pdu.reason_diagnostic = (0, 0) if reason is None else (2, int(reason))
     return bytes(pdu.encode())
 
 
-def read_exactly(sock: socket.socket, count: int, deadline: float) -> bytearray:
-    """`count` bytes before `deadline` (monotonic). Raises OSError; TimeoutError when the peer is too slow."""
-    buffer = bytearray(count)
-    view, got = memoryview(buffer), 0
-    while got < count:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the peer is too slow")
-        sock.settimeout(left)
-        n = sock.recv_into(view[got:])
-        if not n:
-            raise PeerError("connection_cut") if got else ConnectionResetError
-        got += n
-    _quick_ack(sock)
-    return buffer
+def reject_pdu(result: int, source: int, diagnostic: int) -> bytes:
+    """A-ASSOCIATE-RJ."""
+    pdu = A_ASSOCIATE_RJ()
+    pdu.result, pdu.source, pdu.reason_diagnostic = result, source, diagnostic
+    return bytes(pdu.encode())
 
 
-def wait_readable(descriptors: Iterable[int], seconds: float) -> set[int]:
-    """Those that can be read, or have ended. By poll: select ends at descriptor 1023, a busy node does not."""
-    poll = select.poll()
-    for descriptor in descriptors:
-        if descriptor >= 0:
-            poll.register(descriptor, select.POLLIN)
-    return {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
+def release_pdu() -> bytes:
+    """A-RELEASE-RP."""
+    return bytes(A_RELEASE_RP().encode())
 
 
-def _quick_ack(sock: socket.socket) -> None:
-    # Linux forgets the flag after a while. Without it a sender that leaves Nagle on (DCMTK's default) waits 40 ms for
-    # our delayed acknowledgement with every message.
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-
-
-def drain(sock: socket.socket) -> None:
-    """Say that nothing more comes, and throw away what the peer still sends: closing at once would reset the connection
-    and lose our last PDU on its way. Not for ever, and not more than a megabyte."""
-    deadline, total = time.monotonic() + _DRAIN_SECONDS, 0
-    with contextlib.suppress(OSError, ValueError):
-        sock.shutdown(socket.SHUT_WR)
-        while total < _DRAIN_BYTES and (left := deadline - time.monotonic()) > 0:
-            sock.settimeout(left)
-            chunk = sock.recv(65536)
-            if not chunk:
-                return
-            total += len(chunk)
-
-
-class BoundedSocket(AssociationSocket):
-    """Reads whole PDUs within bounds. The A-ASSOCIATE-RQ was read before there was an association: `first`."""
-
-    def __init__(
-        self,
-        assoc: Association,
-        sock: socket.socket,
-        first: bytes,
-        *,
-        max_pdu: int,
-        timeout: float,
-        complain: Callable[[str], None],
-    ) -> None:
-        super().__init__(assoc, client_socket=sock)
-        self._sock, self._first = sock, memoryview(first)
-        self._max_pdu, self._timeout, self._complain = max_pdu, timeout, complain
-        self._in_body = False
-
-    @property
-    def ready(self) -> bool:
-        """There is something to read, or the end of it."""
-        if self._first:
-            return True
-        if self.socket is None or not self._is_connected:
-            return False
-        if isinstance(self._sock, ssl.SSLSocket) and self._sock.pending():
-            return True
-        return bool(wait_readable((self._sock.fileno(),), 0.0))
-
-    def recv(self, nr_bytes: int) -> bytearray:
-        """The library asks for the six bytes of a header, then for the length that stands there."""
-        if self._first:
-            head, self._first = self._first[:nr_bytes], self._first[nr_bytes:]
-            return bytearray(head)
-        deadline = time.monotonic() + self._timeout
-        if self._in_body:
-            self._in_body = False
-            return read_exactly(self._sock, nr_bytes, deadline)
-        header = read_exactly(self._sock, nr_bytes, deadline)
-        self._check(header)
-        return header
-
-    def send(self, bytestream: bytes) -> None:
-        """With the whole time-out: the last read left less of it."""
-        with contextlib.suppress(OSError):
-            self._sock.settimeout(self._timeout)
-        super().send(bytestream)
-
-    def _check(self, header: bytearray) -> None:
-        kind, length = struct.unpack(">BxL", header)
-        if length > (self._max_pdu + PDATA_SLACK if kind == 4 else MAX_OTHER_PDU):
-            self._complain("pdu_too_long")
-            with contextlib.suppress(OSError):
-                self._sock.settimeout(1.0)
-                self._sock.sendall(abort_pdu(ABORT_INVALID_PARAMETER))
-            raise PeerError("pdu_too_long")
-        self._in_body = 1 <= kind <= 7
-
-
-class DataTF:
-    """P-DATA-TF parsed in place: context id, message control header and fragment of each PDV (PS3.8 9.3.5, annex E)."""
-
-    __slots__ = ("values",)
-
-    def __init__(self, pdu: bytearray) -> None:
-        view, at, end = memoryview(pdu).toreadonly(), 6, len(pdu)
-        self.values: list[tuple[int, int, memoryview]] = []
-        while at < end:
-            if end - at < 6:
-                raise ValueError("PDV item cut short")
-            length, context_id, control = struct.unpack_from(">LBB", pdu, at)
-            if length < 2 or length > end - at - 4:
-                raise ValueError("PDV item longer than its PDU")
-            self.values.append((context_id, control, view[at + 6 : at + 4 + length]))
-            at += 4 + length
-
-    def to_primitive(self) -> DataTF:
-        """The state machine hands this to the DIMSE provider."""
-        return self
-
-
-class _SignallingQueue(queue.Queue[Any]):
-    """Wakes whoever waits for more than this queue."""
-
-    def __init__(self, signal: Callable[[], None]) -> None:
-        super().__init__()
-        self._signal = signal
-
-    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
-        super().put(item, block, timeout)
-        self._signal()
-
-
-class UpperLayer(DULServiceProvider):
-    """The state machine's thread: an idle association costs nothing, and an answer leaves at once."""
-
-    def __init__(self, assoc: Association, work: threading.Event) -> None:
-        super().__init__(assoc)
-        self.daemon = True
-        self._run_loop_delay = 0  # the waiting is done in _is_transport_event
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.to_user_queue = _SignallingQueue(work.set)
-        self.to_provider_queue = _SignallingQueue(self.wake)
-
-    def wake(self) -> None:
-        """There is something to send, or to end."""
-        if self._wake_fd >= 0:
-            os.eventfd_write(self._wake_fd, 1)
-
-    def close(self) -> None:
-        """After the thread has ended."""
-        fd, self._wake_fd = self._wake_fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def send_data(self, context_id: int, fragment: bytes, *, command: bool, last: bool) -> None:
-        """One P-DATA-TF with one PDV, from this layer's own thread: DT-1 of PS3.8 table 9-8 without a queue between."""
-        control = (1 if command else 0) | (2 if last else 0)
-        head = struct.pack(">BxLLBB", 4, len(fragment) + 6, len(fragment) + 2, context_id, control)
-        if self.socket is not None:
-            self.socket.send(head + fragment)
-
-    def busy_until_now(self) -> None:
-        """The time we took to make an instance durable is not the peer's silence."""
-        self._idle_timer.restart()
-
-    def stop_dul(self) -> bool:
-        """Called until it is true: ends the thread once the connection is closed."""
-        if self.state_machine.current_state == "Sta1":
-            self._kill_thread = True
-        self.wake()
-        self.join(_WAIT if self._kill_thread else 0.0)
-        return not self.is_alive()
-
-    def _process_recv_primitive(self) -> bool:
-        # What already happened goes first, and what is asked of an association that is over (to abort it, say) is moot:
-        # the library's state machine knows no such event and its thread would die.
-        if not self.event_queue.empty():
-            return False
-        if self.state_machine.current_state in ("Sta1", "Sta13"):
-            with contextlib.suppress(queue.Empty):
-                self.to_provider_queue.get(block=False)
-            return False
-        return super()._process_recv_primitive()
-
-    def _is_transport_event(self) -> bool:
-        sock = self.socket.socket if self.socket is not None else None
-        if self.state_machine.current_state == "Sta13" and self.socket is not None:
-            if sock is not None:
-                drain(sock)
-            self.socket.close()
-            return True
-        if super()._is_transport_event():
-            return True
-        if not self.event_queue.empty():
-            return False
-        # Read at once when it is there: between two turns the library sleeps, and even a sleep of nothing gives the
-        # processor away, on a busy machine for milliseconds.
-        self._wait(sock)
-        return super()._is_transport_event()
-
-    def _wait(self, sock: socket.socket | None) -> None:
-        if self._wake_fd in wait_readable((self._wake_fd, sock.fileno() if sock is not None else -1), _WAIT):
-            os.eventfd_read(self._wake_fd)
-
-    def _decode_pdu(self, bytestream: bytearray) -> tuple[Any, str]:
-        if bytestream[0] == 4:
-            return DataTF(bytestream), "Evt10"
-        return super()._decode_pdu(bytestream)
+def data_pdus(context_id: int, command: bytes, peer_max_pdu: int) -> bytes:
+    """A command set in as many P-DATA-TF as the peer's maximum length asks for (PS3.8 annex D.1); 0 = any length."""
+    room = max(1, (peer_max_pdu or len(command) + 6) - 6)
+    pdus = bytearray()
+    for at in range(0, len(command), room):
+        fragment = command[at : at + room]
+        pdus += HEADER.pack(PDATA, len(fragment) + 6)
+        pdus += PDV.pack(len(fragment) + 2, context_id, 3 if at + room >= len(command) else 1) + fragment
+    return bytes(pdus)

@@ -22,7 +22,8 @@ from pathlib import Path
 from dicom_node.errors import PackageError, StoreError
 from dicom_node.packages.load import ACTIVE, ModelPackage, load_package
 from dicom_node.runtime import graph
-from dicom_node.store.files import RootLock, fsync_folder, lock_root, write_durable
+from dicom_node.store.files import RootLock, lock_root, write_durable
+from dicom_node.store.sync import fsync_folder
 
 HISTORY_KEPT = 16
 """So many versions back can `rollback` go."""

@@ -27,6 +27,7 @@ from dicom_node.metrics import Recorder
 from dicom_node.service.control import Message, connect, lines
 
 SEND_TIMEOUT = 2.0
+SWITCH_SECONDS = 0.001
 Child: TypeAlias = tuple["subprocess.Popen[bytes]", socket.socket]
 
 
@@ -63,10 +64,23 @@ class SocketLink:
                 select.select([self._socket], [], [])  # the stages process never writes here: readable means gone
 
 
+def without_decoders() -> None:
+    """In a process that decodes no pixels, before pydicom is imported: it must not look for what could.
+
+    numpy and the decoders are a third of the listener's memory, most of its start, and parsers in C++ within reach of
+    every peer. pydicom goes without where an import fails; a `None` in `sys.modules` makes it fail.
+    """
+    for name in ("numpy", "gdcm", "PIL", "pylibjpeg", "openjpeg", "rle", "jpeg_ls", "tqdm"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
 def run_listener(config: Config, link_fd: int | None) -> int:
     """`dicom-node run --only listen`, and the child of `dicom-node run`."""
     from dicom_node.receive import Listener
 
+    # A peer whose messages cost nothing but our processor holds the interpreter for so long before others get it; an
+    # honest one needs it a dozen times for its C-ECHO.
+    sys.setswitchinterval(SWITCH_SECONDS)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

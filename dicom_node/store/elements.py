@@ -80,14 +80,18 @@ def encoding_of(transfer_syntax_uid: str) -> Encoding:
 
 
 @contextmanager
-def mapped(path: Path) -> Iterator[Buffer]:
-    """The file's bytes without reading them in."""
-    with path.open("rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size == 0:
+def mapped(file: Path | int) -> Iterator[Buffer]:
+    """The file's bytes without reading them in. An open file may be given by its descriptor; it stays open."""
+    fd = file if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if os.fstat(fd).st_size == 0:
             yield b""
             return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as view:
             yield view
+    finally:
+        if not isinstance(file, int):
+            os.close(fd)
 
 
 @dataclass(slots=True)

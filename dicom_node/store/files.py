@@ -23,6 +23,7 @@ from pathlib import Path
 from dicom_node.errors import RootInUseError, StoreError
 from dicom_node.store import header, part10
 from dicom_node.store.part10 import FileMeta
+from dicom_node.store.sync import FolderSync, fsync_folder
 from dicom_node.study import Header
 
 FOLDERS = ("incoming", "objects", "quarantine", "spool", "outputs", "models", "run")
@@ -41,15 +42,6 @@ StatVfs = Callable[[Path], os.statvfs_result]
 def new_instance_id() -> str:
     """A name for one stored instance: random, so nothing of the wire can be in it."""
     return uuid.uuid4().hex
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in the folder durable. An error is final: after EIO a second fsync may lie (the page is clean)."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _write_all(fd: int, data: bytes | memoryview) -> None:
@@ -79,20 +71,27 @@ def write_durable(path: Path, data: bytes) -> None:
 class PartFile:
     """One instance on its way in: `write` the data set, then `commit`, or `discard`. Never both, never twice."""
 
-    def __init__(self, folder: Path, meta: FileMeta) -> None:
+    def __init__(self, folder: Path, meta: FileMeta, sync: Callable[[], None]) -> None:
+        """`sync` makes the names in the folder durable."""
         self.instance_id = new_instance_id()
         self.path = folder / f"{self.instance_id}.part"
         self.size = 0
         """Bytes of the data set so far."""
         head = part10.encode_meta(meta)
-        self._meta = replace(meta, dataset_offset=len(head))
+        self._time = part10.Time(head)
+        self._meta, self._sync = replace(meta, dataset_offset=len(head)), sync
         self._fd = -1
         try:
-            self._fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
             _write_all(self._fd, head)
         except OSError as e:
             self.discard()
             raise StoreError(f"an instance cannot be written ({e.strerror})") from e
+
+    @property
+    def fd(self) -> int:
+        """To read it before it is committed."""
+        return self._fd
 
     @property
     def meta(self) -> FileMeta:
@@ -112,10 +111,10 @@ class PartFile:
         """Make it durable under its final name. Only after this may 0x0000 be sent. On StoreError the file is gone."""
         final = self.path.with_suffix(".dcm")
         try:
-            os.pwrite(self._fd, part10.encode_meta(replace(self._meta, received_at=received_at)), 0)
+            os.pwrite(self._fd, *self._time.at(received_at))
             os.fsync(self._fd)
             self.path.rename(final)
-            fsync_folder(final.parent)
+            self._sync()
         except OSError as e:
             with contextlib.suppress(OSError):
                 final.unlink()
@@ -212,6 +211,7 @@ class Files:
         for folder in (root, *(root / name for name in FOLDERS)):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.incoming = root / "incoming"
+        self._incoming_names = FolderSync(self.incoming)
         self.objects = root / "objects"
         self.spool = root / "spool"
         self.outputs = root / "outputs"
@@ -221,7 +221,18 @@ class Files:
 
     def new_part(self, meta: FileMeta) -> PartFile:
         """Begin to receive one instance. Raises StoreError."""
-        return PartFile(self.incoming, meta)
+        return PartFile(self.incoming, meta, self._incoming_names.sync)
+
+    def hold_incoming(self) -> None:
+        """Keep the folder open for as long as instances come: one system call less each. Raises StoreError."""
+        try:
+            self._incoming_names.open()
+        except OSError as e:
+            raise StoreError(f"the store cannot be opened ({e.strerror})") from e
+
+    def let_go(self) -> None:
+        """After `hold_incoming`."""
+        self._incoming_names.close()
 
     def sweep_parts(self) -> int:
         """Remove what a crash left half received; only the listener may, and only before it listens."""

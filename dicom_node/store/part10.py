@@ -51,7 +51,7 @@ def encode_meta(meta: FileMeta) -> bytes:
         {
             "association": meta.association_id,
             "peer": meta.peer,
-            "received_at": f"{meta.received_at:017.6f}",
+            "received_at": _time(meta.received_at),
             "calling": meta.calling_ae_title,
             "called": meta.called_ae_title,
         },
@@ -73,6 +73,19 @@ def encode_meta(meta: FileMeta) -> bytes:
         )
     )
     return b"\x00" * _PREAMBLE + b"DICM" + struct.pack("<HH2sHL", 2, 0, b"UL", 4, len(body)) + body
+
+
+class Time:
+    """Where `received_at` stands in an encoded meta group: its text has always the same length."""
+
+    _KEY = b'"received_at":"'
+
+    def __init__(self, head: bytes) -> None:
+        self._offset = head.find(self._KEY) + len(self._KEY)
+
+    def at(self, received_at: float) -> tuple[bytes, int]:
+        """Bytes and offset, as `os.pwrite` takes them."""
+        return _time(received_at).encode(), self._offset
 
 
 def read_meta(path: Path) -> FileMeta:
@@ -155,6 +168,10 @@ def _private(values: dict[int, bytes]) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:017.6f}"
 
 
 def _guess(start: bytes) -> str:

@@ -41,10 +41,13 @@ def check_command(sop_class_uid: str, sop_instance_uid: str) -> None:
             raise MalformedUidError("malformed UID in the command", offending_element=element)
 
 
-def check_data_set(path: Path, meta: FileMeta) -> None:
-    """The received file, `meta` from its command. Raises CannotUnderstand-, DataSetMismatch- or MalformedUidError."""
+def check_data_set(file: Path | int, meta: FileMeta) -> None:
+    """The received file (or its descriptor), `meta` from its command.
+
+    Raises CannotUnderstand-, DataSetMismatch- or MalformedUidError.
+    """
     try:
-        with mapped(path) as data:
+        with mapped(file) as data:
             found = check(data, meta.dataset_offset, len(data), meta.transfer_syntax_uid, frozenset(_IDENTIFYING))
     except OSError as e:
         raise StoreError(f"a received file cannot be read ({e.strerror})") from e

@@ -67,3 +67,18 @@ def test_places_come_back():
 )
 def test_addresses_have_one_spelling(given, plain):
     assert plain_address(given) == plain
+
+
+def test_the_reserve_is_for_peers_that_hold_none():
+    admission = Admission(Receive(max_associations=4, reserved_associations=2))
+    assert [admission.admit("127.0.0.1", "A", "DICOM_NODE", None) for _ in range(3)] == [None, None, Rejection.FULL]
+    assert admission.admit("127.0.0.2", "A", "DICOM_NODE", None) is None
+    assert admission.admit("127.0.0.2", "A", "DICOM_NODE", None) is Rejection.FULL
+    assert admission.admit("127.0.0.3", "A", "DICOM_NODE", None) is None
+
+
+def test_pending_connections_are_as_many_as_configured():
+    admission = Admission(Receive(max_pending=3, max_pending_per_peer=2))
+    assert [admission.connecting(a) for a in ("::1", "::1", "::1", "127.0.0.1", "127.0.0.2")] == [
+        True, True, False, True, False,
+    ]  # fmt: skip

@@ -67,3 +67,32 @@ def test_responses_are_read_by_another_implementation():
 def test_a_uid_that_is_none_is_not_sent_back(uid):
     answer = decode(BytesIO(encode_response(Command(C_STORE_RQ, 1, True, SC, uid), 0x0117)), True, True)
     assert "AffectedSOPInstanceUID" not in answer
+
+
+WORDS = st.integers(min_value=0, max_value=65535)
+UIDS = st.from_regex(r"[0-9]{1,9}(\.[1-9][0-9]{0,8}){0,4}", fullmatch=True)
+
+
+@given(WORDS, UIDS, UIDS, st.booleans())
+def test_what_another_implementation_asks_is_read_as_it_meant_it(message_id, sop_class, instance, data):
+    from pydicom.dataset import Dataset
+    from pynetdicom.dsutils import encode
+
+    said = Dataset()
+    said.AffectedSOPClassUID, said.AffectedSOPInstanceUID = sop_class, instance
+    said.CommandField, said.MessageID = 0x0100, message_id
+    said.CommandDataSetType = 0x0001 if data else 0x0101
+    said.EventTypeID = 2
+    encoded = encode(said, True, True)
+    assert encoded is not None
+    assert parse_command(encoded) == Command(0x0100, message_id, data, sop_class, instance, 2)
+
+
+@given(WORDS, WORDS, UIDS, st.text(st.characters(min_codepoint=33, max_codepoint=91), max_size=64))
+def test_what_we_answer_is_read_as_we_meant_it(message_id, status, uid, comment):
+    answer = decode(
+        BytesIO(encode_response(Command(C_STORE_RQ, message_id, True, SC, uid), status, comment=comment)), True, True
+    )
+    assert (answer.MessageIDBeingRespondedTo, answer.Status) == (message_id, status)
+    assert answer.AffectedSOPInstanceUID == uid
+    assert answer.get("ErrorComment", "") == comment.rstrip()

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from pynetdicom.status import (
+    STATUS_FAILURE,
+    STATUS_SUCCESS,
+    STATUS_WARNING,
+    STORAGE_SERVICE_CLASS_STATUS,
+    code_to_category,
+)
 
 from dicom_node import errors
 from dicom_node.dimse.status import SCP_STATUSES, Outcome, classify, is_warning
@@ -47,3 +54,14 @@ def test_every_refusal_the_receive_path_raises_is_in_the_published_table():
     leaves = errors.ReceiveError.__subclasses__()
     assert leaves
     assert {leaf.status for leaf in leaves} <= published
+
+
+def test_what_we_answer_is_what_the_standard_has_for_storage():
+    """As pynetdicom has PS3.4 table B.2-1 and PS3.7 annex C."""
+    for status in SCP_STATUSES:
+        category, meaning = STORAGE_SERVICE_CLASS_STATUS[status.code]
+        assert category == (STATUS_SUCCESS if status.code == 0 else STATUS_FAILURE), meaning
+
+
+def test_a_warning_is_what_another_implementation_calls_one():
+    assert [c for c in range(1 << 16) if is_warning(c) != (code_to_category(c) == STATUS_WARNING)] == []

@@ -130,3 +130,18 @@ def test_files_that_do_not_load_name_the_key_of_the_configuration(authority):
     section = tls(authority, "node").model_copy(update={"ca": authority.folder / "node.key"})
     with pytest.raises(ConfigError, match=r"tls\.ca"):
         client_context(section)
+
+
+def test_a_handshake_that_does_not_end_is_ended(tmp_path, authority):
+    section = tls(authority, "node").model_dump()
+    with listening(tmp_path / "root", tls=section, handshake_timeout=0.4, request_timeout=60) as node:
+        with socket.create_connection(("127.0.0.1", node.port)) as silent:
+            silent.sendall(b"\x16\x03\x01")
+            began = time.monotonic()
+            silent.settimeout(10)
+            assert silent.recv(10) == b""
+            assert time.monotonic() - began < 5
+        wait_for(lambda: node.messages.of("event"))
+        assert "no_tls_handshake_in_time" in node.messages.of("event")[0]["text"]
+        with RawScu(node.port, tls=client_context(tls(authority, "scanner"))) as scu:
+            assert scu.associate().echo() == 0
