@@ -1,11 +1,11 @@
 """The fuzz target: bytes of a peer, a real listener behind a real socket. `scripts/fuzz` runs it; see there.
 
-    fuzz_transport.py fuzz FOLDER SECONDS   atheris (libFuzzer) over the node and the library's PDU decoders
+    fuzz_transport.py fuzz FOLDER SECONDS   atheris (libFuzzer) over the node and the library's PDU decoders; ends with 1
+                                            where there is a finding: FOLDER-findings has the input of each
     fuzz_transport.py keep FOLDER           of what libFuzzer kept: the shortest stream for each new behaviour
 
 After each input: no thread of the listener has died of it, the connection is over, what was acknowledged is stored, and
-what is stored was acknowledged. An honest C-ECHO every thousand inputs. Anything else is a finding: libFuzzer keeps the
-input as `crash-…`.
+what is stored was acknowledged. An honest C-ECHO every thousand inputs. Anything else is a finding.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import os
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -65,7 +66,7 @@ class Target:
         assert acknowledged <= stored, f"{acknowledged} acknowledged, {stored} stored"
         assert stored <= len(self.node.messages.of("stored")), "stored, and nobody was told"
         assert settled, "something is left behind"
-        self._clean()
+        self.clean()
         self.count += 1
         if self.count % 1000 == 0:
             self._honest()
@@ -80,7 +81,7 @@ class Target:
             time.sleep(0.0005)
         return True
 
-    def _clean(self) -> None:
+    def clean(self) -> None:
         for folder in ("incoming", "quarantine"):
             with contextlib.suppress(FileNotFoundError):
                 for path in (self.node.root / folder).iterdir():
@@ -129,29 +130,50 @@ def fuzz(folder: Path, seconds: int) -> None:
     from pdu_mutator import mutated
 
     seed(folder)
-    target = Target(Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)))  # noqa: PTH112, S108
+    where = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # noqa: S108  no disk is waited for
+    target = Target(Path(tempfile.mkdtemp(prefix="fuzz-", dir=where)))
+    findings = Findings(folder.with_name(f"{folder.name}-findings"))
+    began = time.monotonic()
 
     def custom(data: bytes, max_size: int, number: int) -> bytes:
         return mutated(data, atheris.Mutate, random.Random(number), max_size)
 
-    began = time.monotonic()
-
     def one(data: bytes) -> None:
-        target.try_one(data)
-        spent = resource.getrusage(resource.RUSAGE_SELF)
-        if target.count % 500 == 0:
-            print(
-                f"{target.count} inputs, {spent.ru_utime + spent.ru_stime:.0f} s of CPU, "
-                f"{time.monotonic() - began:.0f} s, {len(list(folder.iterdir()))} kept by coverage",
-                flush=True,
-            )
-        if spent.ru_utime + spent.ru_stime > seconds:
+        try:
+            target.try_one(data)
+        except AssertionError as e:
+            findings.add(str(e), data)
+            target.died.clear()
+            target.clean()
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        spent = usage.ru_utime + usage.ru_stime
+        if target.count % 500 == 0 or spent > seconds:
+            kept = sum(1 for _ in folder.iterdir())
+            print(f"{target.count} inputs, {spent:.0f} s of CPU, {time.monotonic() - began:.0f} s, {kept} kept by coverage")
+        if spent > seconds:
             target.close()
-            os._exit(0)
+            print(f"findings: {len(findings.known)}", flush=True)
+            os._exit(1 if findings.known else 0)
 
-    arguments = [sys.argv[0], str(folder), f"-max_len={MAX_LEN}", "-timeout=60", f"-artifact_prefix={folder.parent}/"]
-    atheris.Setup(arguments, one, custom_mutator=custom)
+    atheris.Setup([sys.argv[0], str(folder), f"-max_len={MAX_LEN}", "-timeout=60"], one, custom_mutator=custom)
     atheris.Fuzz()
+
+
+class Findings:
+    """One input for each different complaint; the search goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.known = folder, set[str]()
+
+    def add(self, complaint: str, data: bytes) -> None:
+        kind = re.sub(r"0x[0-9a-f]+|[0-9]+", "N", complaint)
+        if kind in self.known:
+            return
+        self.known.add(kind)
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / f"{len(self.known)}.pdu"
+        path.write_bytes(data)
+        print(f"finding: {complaint}: {path}", flush=True)
 
 
 def keep(folder: Path, corpus: Path) -> list[str]:
