@@ -1,8 +1,8 @@
 """pynetdicom as it comes, as Storage SCP: the other side of the differential test, and of `scripts/bench receive`.
 
-    stock_scp.py naive|bytes PORT FOLDER [PDU]
+    stock_scp.py naive|bytes PORT FOLDER
 
-naive: what its documentation shows: decode, `save_as`. bytes: the data set as it came, behind a file meta group.
+naive: what its documentation shows: decode, `save_as`. bytes: the data set as it came, PDUs as long as the node takes them.
 Neither is durable, neither looks at what it stores.
 """
 
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 
-def serve(kind: str, port: int, folder: Path, max_pdu: int = 131072) -> None:
+def serve(kind: str, port: int, folder: Path) -> None:
     """Until killed."""
-    from pynetdicom import AE, StoragePresentationContexts, evt
+    from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, StoragePresentationContexts, evt
     from pynetdicom.sop_class import Verification
 
     def naive(event: Any) -> int:
@@ -34,10 +34,12 @@ def serve(kind: str, port: int, folder: Path, max_pdu: int = 131072) -> None:
 
     ae = AE("DICOM_NODE")
     ae.require_called_aet = True
-    ae.maximum_pdu_size = max_pdu
     ae.maximum_associations = 200
-    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 5 if kind == "bytes" else 60
-    ae.supported_contexts = StoragePresentationContexts
+    if kind == "bytes":
+        ae.maximum_pdu_size = 131072
+        ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 5
+    for context in StoragePresentationContexts:
+        ae.add_supported_context(str(context.abstract_syntax), ALL_TRANSFER_SYNTAXES)
     ae.add_supported_context(Verification)
     handler = naive if kind == "naive" else as_it_came
     ae.start_server(("127.0.0.1", port), evt_handlers=[(evt.EVT_C_STORE, handler)])
@@ -69,4 +71,4 @@ class StockScp:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:]))
+    serve(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
