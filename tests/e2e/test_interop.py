@@ -50,6 +50,7 @@ def sent(send: Send, files: list[Path], folder: Path) -> tuple[list[Path], dict[
             before = set(reference.folder.iterdir())
             try:
                 send(reference.port, some, folder, None)
+                assert len(set(reference.folder.iterdir()) - before) == len(some)
             except (subprocess.CalledProcessError, urllib.error.HTTPError, AssertionError):
                 for path in set(reference.folder.iterdir()) - before:
                     path.unlink()

@@ -102,7 +102,11 @@ def send_image(port: int, files: list[Path], folder: Path, tls: Tls | None) -> N
 
 def gdcmscu(port: int, files: list[Path], folder: Path, tls: Tls | None) -> None:
     for path in files:
-        run(peer("gdcmscu"), "--store", "--aetitle", "GDCM", "--call", CALLED, "127.0.0.1", port, path)
+        command = [peer("gdcmscu"), "--store", "--aetitle", "GDCM", "--call", CALLED, "127.0.0.1", str(port), str(path)]
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS)
+        # 3.0.21 aborts itself at its own release, after storing, whoever the peer is. What arrived says how it went.
+        if done.returncode and b"ProtocolStream as nullptr" not in done.stderr:
+            raise subprocess.CalledProcessError(done.returncode, command)
 
 
 def pynetdicom(port: int, files: list[Path], folder: Path, tls: Tls | None) -> None:
