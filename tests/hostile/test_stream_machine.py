@@ -1,4 +1,4 @@
-"""A state machine over the PDU stream of several peers at once, well-behaved and not, in any order hypothesis thinks of.
+"""A state machine over the PDU streams of several peers at once, well-behaved and not, in any order.
 
 Rules are PDUs, fragments of PDUs and ends of connections. Invariants: an honest C-ECHO works; nothing is acknowledged
 that is not stored, byte for byte; nothing is stored that was not acknowledged - but where the peer was gone before it

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("hostile")  # one listener for each kind of
 
 LEAKS = pytest.mark.xfail(
     strict=True,
-    reason="RST between A-ASSOCIATE-RQ and the association: its eventfd is never closed (StorageAssociation.__init__ fails)",
+    reason="RST before there is an association: its eventfd is never closed (StorageAssociation.__init__ fails)",
 )
 
 

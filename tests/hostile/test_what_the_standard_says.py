@@ -1,4 +1,4 @@
-"""Peers that break a rule of PS3.7 or PS3.8, and what the standard has the acceptor answer. No peer is left without a word."""
+"""Peers that break a rule of PS3.7 or PS3.8, and what the standard has the acceptor answer: never nothing."""
 
 from __future__ import annotations
 
@@ -96,12 +96,21 @@ def test_a_request_that_cannot_be_negotiated_is_answered(port, name):
     assert said(port, name).words[0][:2] in ("AB", "RJ", "AC")
 
 
-@pytest.mark.parametrize("name", ["context_even", "nobodys_class", "echo_in_a_storage_context", "command_goes_on_in_another_context"])
+@pytest.mark.parametrize(
+    "name", ["context_even", "nobodys_class", "echo_in_a_storage_context", "command_goes_on_in_another_context"]
+)
 @defect("C-ECHO is answered in whatever context it comes")
 def test_an_echo_belongs_in_an_accepted_context_of_verification(port, name):
     """PS3.8 annex E.2: a PDV names an accepted context; PS3.4 A.4: C-ECHO is of the Verification SOP Class."""
     answer = said(port, name)
     assert "C-ECHO=0000" not in answer.words, answer
+
+
+@defect("after its A-ABORT the listener still judges the length of what comes, and aborts again")
+def test_one_abort_is_all(port):
+    """PS3.8 table 9-10, Sta13: whatever comes is ignored until the connection is closed. Found by fuzzing."""
+    stream = REQUEST + cases.pdata(5, 3, b"\x08\0\5\0\2\0\0\0xx") + b"\4\0\xff\xff\xff\xff" + bytes(100)
+    assert replay(port, stream).words.count("ABORT") == 1
 
 
 @defect("an A-ABORT of an unknown source ends the upper layer's thread by a ValueError")
@@ -130,4 +139,7 @@ def test_status_and_comment_of_what_cannot_be_stored(port):
 def test_no_class_of_nobody_is_accepted_and_deflated_is_not(port):
     assert said(port, "deflated_only").words[0] == "AC(1:4)"
     assert said(port, "nobodys_class").words[0] == "AC(1:3)"
-    assert replay(port, cases.request(contexts=[(1, SC, (EXPLICIT,)), (3, "1.2.3", (EXPLICIT,))])).words[0] == "AC(1:0,3:3)"
+    assert (
+        replay(port, cases.request(contexts=[(1, SC, (EXPLICIT,)), (3, "1.2.3", (EXPLICIT,))])).words[0]
+        == "AC(1:0,3:3)"
+    )

@@ -1,4 +1,4 @@
-"""What hostile peers do to a Storage SCP before and during an association: each attack is a generator (`besieged.Attack`).
+"""What hostile peers do to a Storage SCP before and in an association. Each is a generator (`besieged.Attack`).
 
 All of it was done to stock pynetdicom first, with the effects that are told at each. Bounded: no attack sends more than
 some hundred megabytes or holds more than some hundred sockets.
@@ -76,7 +76,12 @@ def cut(sock: socket.socket, seconds: float = 20.0) -> bool:
 
 def noise(node: Besieged) -> Iterator[None]:
     """Random bytes, other protocols."""
-    for data in (*(os.urandom(2048) for _ in range(8)), b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"\0" * 999):
+    for data in (
+        *(os.urandom(2048) for _ in range(8)),
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01",
+        b"\0" * 999,
+    ):
         with connected(node) as s:
             s.sendall(data)
             yield
@@ -99,7 +104,9 @@ def largest_requests(node: Besieged) -> Iterator[None]:
     """Requests just within the 64 KB, of as many items as go in. Negotiation costs time for each of them."""
     many = [cases.item(0x40, b"1.2.%d" % k) for k in range(4000)]
     thousand = [cases.context(1 + 2 * (k % 128), cases.ABSTRACT, cases.SYNTAX) for k in range(1000)]
-    user = cases.item(0x50, cases.item(0x51, struct.pack(">L", 16384)) + cases.item(0x52, b"1.2.3") + cases.item(0x5A, b"") * 15_000)
+    user = cases.item(
+        0x50, cases.item(0x51, struct.pack(">L", 16384)) + cases.item(0x52, b"1.2.3") + cases.item(0x5A, b"") * 15_000
+    )
     contexts = [(1 + 2 * k, f"1.2.840.10008.5.1.4.1.1.{k}", (EXPLICIT, IMPLICIT)) for k in range(128)]
     for request in (
         cases.bare_request(cases.APPLICATION, cases.context(1, cases.ABSTRACT, *many, cases.SYNTAX), cases.USER),

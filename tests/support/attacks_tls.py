@@ -1,5 +1,7 @@
-"""What hostile peers do to a TLS port (`besieged.Attack`). Stock pynetdicom shakes hands in its accept loop: one peer that
-connects and is silent stops everybody."""
+"""What hostile peers do to a TLS port (`besieged.Attack`).
+
+Stock pynetdicom shakes hands in its accept loop: one peer that connects and is silent stops everybody.
+"""
 
 from __future__ import annotations
 
@@ -97,4 +99,3 @@ def handshakes_and_resets(node: Besieged) -> Iterator[None]:
         if k % 6 == 5:
             yield
     node.settles(8)
-

@@ -284,9 +284,7 @@ class Running:
             self._peak = max(self._peak, total)
 
     def stored(self) -> int:
-        return sum(
-            1 for p in self.folder.glob(self.receiver.stores) if p.is_file() and not p.name.startswith("index")
-        )
+        return sum(1 for p in self.folder.glob(self.receiver.stores) if p.is_file() and not p.name.startswith("index"))
 
 
 # --- who sends -------------------------------------------------------------------------------------------------------
@@ -547,7 +545,9 @@ def disk(folder: Path) -> str:
     mounts = sorted(psutil.disk_partitions(all=True), key=lambda m: len(m.mountpoint))
     found = [m for m in mounts if folder.resolve().is_relative_to(m.mountpoint)]
     kind = found[-1].fstype if found else "unknown"
-    return f"{kind}{' (memory: fsync is free here, durable figures mean nothing)' if kind in ('tmpfs', 'ramfs') else ''}"
+    return (
+        f"{kind}{' (memory: fsync is free here, durable figures mean nothing)' if kind in ('tmpfs', 'ramfs') else ''}"
+    )
 
 
 def receive(work: Path, rounds: int, selection: Selection | None = None) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Every kept case to this node and to stock pynetdicom; where the two differ, and why, stands in a table.
 
-    python tests/support/differential.py    writes the table anew: known explanations stay, a new difference gets a `?`
+python tests/support/differential.py    writes the table anew: known explanations stay, a new difference gets a `?`
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A C-STORE sender that costs as little as can be, so that the receiver is what is measured.
 
-    fast_scu.py PORT SENDERS PER_ASSOCIATION FILE…    one JSON object on stdout
+    fast_scu.py PORT SENDERS PER_ASSOCIATION FILE…   one JSON object on stdout
 
-Files are read and their PDUs built before the clock starts; what many clips share is framed once. PER_ASSOCIATION 0: all
-of a sender's instances on one association. Prints wall, bytes, instances, associations, and every latency in seconds.
+Files are read and their PDUs built before the clock starts; what many clips share is framed once. PER_ASSOCIATION 0:
+all of a sender's instances on one association. Prints wall, bytes, instances, associations, and every latency in seconds.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class Scu:
     def __init__(self, port: int, file: Parsed) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), 120)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.sendall(association_request([(1, file.sop_class, (file.syntax,))], calling="FASTSCU", max_pdu=MAX_PDU))
+        self.socket.sendall(
+            association_request([(1, file.sop_class, (file.syntax,))], calling="FASTSCU", max_pdu=MAX_PDU)
+        )
         kind, body = self._pdu()
         if kind != 2:
             raise RuntimeError(f"not accepted: PDU {kind:02X}")

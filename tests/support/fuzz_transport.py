@@ -1,7 +1,7 @@
 """The fuzz target: bytes of a peer, a real listener behind a real socket. `scripts/fuzz` runs it; see there.
 
-    fuzz_transport.py fuzz FOLDER SECONDS   atheris (libFuzzer) over the node and the library's PDU decoders; ends with 1
-                                            where there is a finding: FOLDER-findings has the input of each
+    fuzz_transport.py fuzz FOLDER SECONDS   atheris (libFuzzer) over the node and the library's PDU decoders; ends
+                                            with 1 where there are findings: FOLDER-findings has their inputs
     fuzz_transport.py keep FOLDER           of what libFuzzer kept: the shortest stream for each new behaviour
 
 After each input: no thread of the listener has died of it, the connection is over, what was acknowledged is stored, and
@@ -143,7 +143,9 @@ def fuzz(folder: Path, seconds: int) -> None:
         spent = usage.ru_utime + usage.ru_stime
         if target.count % 500 == 0 or spent > seconds:
             kept = sum(1 for _ in folder.iterdir())
-            print(f"{target.count} inputs, {spent:.0f} s of CPU, {time.monotonic() - began:.0f} s, {kept} kept by coverage")
+            print(
+                f"{target.count} inputs, {spent:.0f} s of CPU, {time.monotonic() - began:.0f} s, {kept} kept by coverage"
+            )
         if spent > seconds:
             target.close()
             print(f"findings: {len(findings.known)}", flush=True)

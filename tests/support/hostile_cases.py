@@ -59,7 +59,9 @@ def request(edit: dict[int, bytes] | None = None, *, tail: bytes = b"", **parame
 
 def bare_request(*items: bytes) -> bytes:
     """An A-ASSOCIATE-RQ of our AE titles and these items."""
-    return pdu(1, struct.pack(">HH", 1, 0) + b"DICOM_NODE".ljust(16) + b"RAWSCU".ljust(16) + bytes(32) + b"".join(items))
+    return pdu(
+        1, struct.pack(">HH", 1, 0) + b"DICOM_NODE".ljust(16) + b"RAWSCU".ljust(16) + bytes(32) + b"".join(items)
+    )
 
 
 APPLICATION = item(0x10, b"1.2.840.10008.3.1.1.1")

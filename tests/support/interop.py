@@ -1,7 +1,7 @@
 """Senders of other makers, driven as their users do, and a receiver that writes what they really send.
 
-Every sender is a function of port, files, folder for its own papers, and its TLS files (None = plain). It skips the test by
-name where the program is absent, and raises CalledProcessError where a file was not taken.
+Every sender is a function of port, files, folder for its own papers, and its TLS files (None = plain). It skips the
+test by name where the program is absent, and raises CalledProcessError where a file was not taken.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _listens(port: int) -> bool:
 
 
 def _post(port: int, path: str, body: bytes) -> bytes:
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", data=body, method="POST")  # noqa: S310  loopback
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", data=body, method="POST")
     with urllib.request.urlopen(request, timeout=SECONDS) as answer:  # noqa: S310
         return bytes(answer.read())
 
@@ -202,7 +202,15 @@ def dcmjs(port: int, files: list[Path], folder: Path, tls: Tls | None) -> None:
     if not where.exists():
         where.mkdir()
         (where / "send.js").write_text(DCMJS)
-        command = [peer("npm"), "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", "dcmjs-dimse@0.3.3"]
+        command = [
+            peer("npm"),
+            "install",
+            "--silent",
+            "--no-audit",
+            "--no-fund",
+            "--ignore-scripts",
+            "dcmjs-dimse@0.3.3",
+        ]
         if subprocess.run(command, cwd=where, capture_output=True, timeout=240).returncode:
             shutil.rmtree(where)
             pytest.skip("npm package dcmjs-dimse cannot be installed here")

@@ -3,8 +3,8 @@
     reference_receiver.py PORT FOLDER [--no-sync]
 
 A thread an association, one buffer, P-DATA-TF parsed in place, payload straight to the file; then fsync(file), rename,
-fsync(folder), and only then 0x0000. No admission, no validation, no index, no bounds but that of a PDU: what the node does
-beyond this is what it costs. It shares no code with the node.
+fsync(folder), and only then 0x0000. No admission, no validation, no index, no bounds but that of a PDU: what the node
+does beyond this is what it costs. It shares no code with the node.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     stock_scp.py naive|bytes PORT FOLDER
 
-naive: what its documentation shows: decode, `save_as`. bytes: the data set as it came, PDUs as long as the node takes them.
-Neither is durable, neither looks at what it stores.
+naive: what its documentation shows: decode, `save_as`. bytes: the data set as it came, PDUs as long as the node takes
+them. Neither is durable, neither looks at what it stores.
 """
 
 from __future__ import annotations

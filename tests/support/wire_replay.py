@@ -1,8 +1,8 @@
 """A peer's byte stream, sent to any Storage SCP, and what came back in words: the form in which two SCPs are compared.
 
-A stream begins with an A-ASSOCIATE-RQ, or does not; its answer is waited for, and the rest is sent at once. When the SCP
-has no more to say the sending side is closed, and everything is read until the SCP closes too. Shares no code with the
-node.
+A stream begins with an A-ASSOCIATE-RQ, or does not; its answer is waited for, and the rest is sent at once. When the
+SCP has no more to say the sending side is closed, and everything is read until the SCP closes too. Shares no code with
+the node.
 """
 
 from __future__ import annotations
