@@ -43,7 +43,7 @@ def real_files(tmp_path_factory) -> list[Path]:
 
 
 def sent(send: Send, files: list[Path], folder: Path) -> tuple[list[Path], dict[str, int]]:
-    """Those that the sender can read and send at all, and the digests of what it then sends: some write data sets anew."""
+    """Those that the sender can read and send, and the digests of what it then sends: some write data sets anew."""
     with Reference(folder / "reference") as reference:
 
         def able(some: list[Path]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+from pathlib import Path
 
 import hostile_cases as cases
 import pytest
@@ -35,7 +35,7 @@ UIDS = [
 
 
 def all_files(root) -> set[str]:
-    return {os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root) for name in names}
+    return {str(path.relative_to(root)) for path in Path(root).rglob("*") if path.is_file()}
 
 
 def test_no_string_of_a_peer_becomes_a_path_a_log_line_or_a_message(tmp_path):

@@ -6,6 +6,7 @@ import threading
 import time
 
 import attacks
+import attacks_data
 import attacks_tls
 import pytest
 from attacks import STATES, connected, cut, trickle
@@ -64,8 +65,8 @@ def secure(tmp_path_factory) -> Besieged:
         attacks.noise, attacks.endless_requests, attacks.largest_requests, attacks.half_open, attacks.churn,
         attacks.who_never_close, attacks.slow_everywhere, attacks.idle_associations,
         attacks.idle_associations_everywhere, attacks.endless_pdata, attacks.endless_command, attacks.endless_message,
-        attacks.crumbs, attacks.giant_instances, attacks.request_flood, attacks.half_closes, attacks.data_set_bombs,
-        pytest.param(attacks.resets, marks=LEAKS),
+        attacks.crumbs, attacks.giant_instances, attacks.request_flood, attacks.half_closes,
+        attacks_data.data_set_bombs, pytest.param(attacks.resets, marks=LEAKS),
     ],
     ids=lambda a: a.__name__,
 )  # fmt: skip
@@ -98,7 +99,7 @@ def test_who_stalls_in_tls_delays_nobody(secure, attack):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("attack", [attacks.bombs_together, attacks.every_named_case], ids=lambda a: a.__name__)
+@pytest.mark.parametrize("attack", [attacks_data.bombs_together, attacks.every_named_case], ids=lambda a: a.__name__)
 def test_more_of_it_at_once(node, attack):
     siege(node, attack)
 

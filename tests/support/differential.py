@@ -25,9 +25,10 @@ TIMES = 3
 """What differs only now and then is a race: stock forgets requests that stand in its queue when a release comes."""
 HEAD = """# This node and stock pynetdicom, case by case
 
-Written by `python tests/support/differential.py`, explained by hand, checked by `tests/hostile/test_differential.py`. The
-cases are those of `tests/support/hostile_cases.py` and of `corpus/`; what is not in the table is answered alike. `AC(1:0)`:
-accepted, context 1 with result 0. `RP`: release answered. Stock: pynetdicom 3.0.4, a handler that stores what it is given.
+Written by `python tests/support/differential.py`, explained by hand, checked by `tests/hostile/test_differential.py`.
+The cases are those of `tests/support/hostile_cases.py` and of `corpus/`; what is not in the table is answered alike.
+`AC(1:0)`: accepted, context 1 with result 0. `RP`: release answered. Stock: pynetdicom 3.0.4, a handler that stores
+what it is given.
 
 | case | this node | stock pynetdicom | why |
 | --- | --- | --- | --- |

@@ -2,8 +2,9 @@
 
     fast_scu.py PORT SENDERS PER_ASSOCIATION FILE…   one JSON object on stdout
 
-Files are read and their PDUs built before the clock starts; what many clips share is framed once. PER_ASSOCIATION 0:
-all of a sender's instances on one association. Prints wall, bytes, instances, associations, and every latency in seconds.
+Files are read and their PDUs built before the clock starts; what clips have in common is framed once. PER_ASSOCIATION
+0: all of a sender's instances on one association. Prints wall, bytes, instances, associations, and every latency in
+seconds.
 """
 
 from __future__ import annotations

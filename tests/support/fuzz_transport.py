@@ -143,9 +143,8 @@ def fuzz(folder: Path, seconds: int) -> None:
         spent = usage.ru_utime + usage.ru_stime
         if target.count % 500 == 0 or spent > seconds:
             kept = sum(1 for _ in folder.iterdir())
-            print(
-                f"{target.count} inputs, {spent:.0f} s of CPU, {time.monotonic() - began:.0f} s, {kept} kept by coverage"
-            )
+            wall = time.monotonic() - began
+            print(f"{target.count} inputs, {spent:.0f} s of CPU, {wall:.0f} s, {kept} kept by coverage")
         if spent > seconds:
             target.close()
             print(f"findings: {len(findings.known)}", flush=True)

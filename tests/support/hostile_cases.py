@@ -83,8 +83,10 @@ def _sound() -> dict[str, bytes]:
     return {
         "everything": REQUEST + STORE + ECHO + RELEASE,
         "two_instances_at_once": REQUEST + STORE + store(uid=f"{UID}.2", data=small_data_set(sop_instance=f"{UID}.2")),
-        "command_byte_by_byte": REQUEST + b"".join(
-            pdata(5, 3 if k == len(echo_command()) - 1 else 1, echo_command()[k : k + 1]) for k in range(len(echo_command()))
+        "command_byte_by_byte": REQUEST
+        + b"".join(
+            pdata(5, 3 if k == len(echo_command()) - 1 else 1, echo_command()[k : k + 1])
+            for k in range(len(echo_command()))
         ),
         "one_pdu_for_all": REQUEST + pdvs((1, 3, store_command(SC, UID)), (1, 0, DATA[:40]), (1, 2, DATA[40:])),
         "empty_last_fragment": REQUEST + pdata(1, 3, store_command(SC, UID)) + pdata(1, 0, DATA) + pdata(1, 2, b""),
@@ -96,10 +98,11 @@ def _sound() -> dict[str, bytes]:
         "role_selection": request(extra=item(0x54, struct.pack(">H", len(SC)) + SC.encode() + b"\1\1")) + ECHO,
         "asynchronous_operations": request(extra=item(0x53, b"\0\5\0\5")) + ECHO,
         "user_identity_with_answer": request(extra=item(0x58, b"\2\1\0\4user\0\4pass")) + ECHO,
-        "extended_negotiation": request(extra=item(0x56, struct.pack(">H", len(SC)) + SC.encode() + b"\2\0\0\0\0\0")) + ECHO,
+        "extended_negotiation": request(extra=item(0x56, struct.pack(">H", len(SC)) + SC.encode() + b"\2\0\0\0\0\0"))
+        + ECHO,
         "unknown_user_item": request(extra=item(0x7F, b"hello")) + ECHO,
         "unknown_item": request(tail=item(0x60, b"hello")) + ECHO,
-    }  # fmt: skip
+    }
 
 
 def _order() -> dict[str, bytes]:
@@ -154,11 +157,17 @@ def _requests() -> dict[str, bytes]:
         "no_items": bare_request(),
         "context_0": bare_request(APPLICATION, context(0, ABSTRACT, SYNTAX), USER),
         "context_2": bare_request(APPLICATION, context(2, ABSTRACT, SYNTAX), USER),
-        "same_context_twice": bare_request(APPLICATION, context(1, ABSTRACT, SYNTAX), context(1, ABSTRACT, SYNTAX), USER),
+        "same_context_twice": bare_request(
+            APPLICATION, context(1, ABSTRACT, SYNTAX), context(1, ABSTRACT, SYNTAX), USER
+        ),
         "context_without_abstract_syntax": bare_request(APPLICATION, context(1, SYNTAX), USER),
         "context_without_transfer_syntax": bare_request(APPLICATION, context(1, ABSTRACT), USER),
-        "context_of_two_abstract_syntaxes": bare_request(APPLICATION, context(1, ABSTRACT, item(0x30, MR.encode()), SYNTAX), USER),
-        "context_of_a_hundred_syntaxes": bare_request(APPLICATION, context(1, ABSTRACT, *[item(0x40, b"1.2.%d" % k) for k in range(100)], SYNTAX), USER),
+        "context_of_two_abstract_syntaxes": bare_request(
+            APPLICATION, context(1, ABSTRACT, item(0x30, MR.encode()), SYNTAX), USER
+        ),
+        "context_of_a_hundred_syntaxes": bare_request(
+            APPLICATION, context(1, ABSTRACT, *[item(0x40, b"1.2.%d" % k) for k in range(100)], SYNTAX), USER
+        ),
         "nobodys_class": request(contexts=[(1, "1.2.3.4", (EXPLICIT,))]) + ECHO,
         "deflated_only": request(contexts=[(1, SC, ("1.2.840.10008.1.2.1.99",))]) + STORE,
         "abstract_syntax_no_uid": bare_request(APPLICATION, context(1, item(0x30, b"../../../tmp\0x"), SYNTAX), USER),
@@ -168,13 +177,15 @@ def _requests() -> dict[str, bytes]:
         "item_longer_than_request": bare_request(APPLICATION, b"\x20\0\xff\xff\1\0\0\0", USER),
         "item_of_no_length": bare_request(APPLICATION, item(0x20, b""), USER),
         "half_an_item": bare_request(APPLICATION, context(1, ABSTRACT, SYNTAX), USER, b"\x20\0"),
-        "maximum_length_of_two_bytes": bare_request(APPLICATION, context(1, ABSTRACT, SYNTAX), item(0x50, item(0x51, b"\1\1"))),
+        "maximum_length_of_two_bytes": bare_request(
+            APPLICATION, context(1, ABSTRACT, SYNTAX), item(0x50, item(0x51, b"\1\1"))
+        ),
         "role_selection_beyond_its_item": request(extra=item(0x54, b"\xff\xff" + SC.encode() + b"\1\1")) + ECHO,
         "user_identity_beyond_its_item": request(extra=item(0x58, b"\1\0\xff\xffuser")) + ECHO,
         "user_identity_of_no_type": request(extra=item(0x58, b"\x63\0\0\4user\0\0")) + ECHO,
         "implementation_version_of_300": request(extra=item(0x55, b"V" * 300)) + ECHO,
         "implementation_version_hostile": request(extra=item(0x55, b"\r\n\0\x1b\xff")) + ECHO,
-    }  # fmt: skip
+    }
 
 
 def _data() -> dict[str, bytes]:
@@ -198,21 +209,34 @@ def _data() -> dict[str, bytes]:
         "command_without_end": REQUEST + pdata(5, 1, bytes(60_000)) * 2,
         "store_of_another_class": REQUEST + store(MR),
         "echo_in_a_storage_context": REQUEST + pdata(1, 3, echo),
-        "echo_with_a_data_set": REQUEST + pdata(5, 3, command(0x30, (0x0002, padded(VERIFICATION)), data_set=1)) + pdata(5, 2, b"x"),
+        "echo_with_a_data_set": REQUEST
+        + pdata(5, 3, command(0x30, (0x0002, padded(VERIFICATION)), data_set=1))
+        + pdata(5, 2, b"x"),
         "find": REQUEST + pdata(1, 3, command(0x20, (0x0002, padded(SC)))),
         "cancel": REQUEST + pdata(1, 3, command(0x0FFF, (0x0120, b"\1\0"))),
         "a_response_as_request": REQUEST + pdata(1, 3, command(0x8001, (0x0002, padded(SC)), (0x0900, b"\0\0"))),
         "no_such_command": REQUEST + pdata(1, 3, command(0x7777)),
-        "n_create": REQUEST + pdata(1, 3, command(0x140, (0x0002, padded(SC)), (0x1000, padded(UID)), data_set=1)) + pdata(1, 2, DATA),
+        "n_create": REQUEST
+        + pdata(1, 3, command(0x140, (0x0002, padded(SC)), (0x1000, padded(UID)), data_set=1))
+        + pdata(1, 2, DATA),
         "command_not_group_0": REQUEST + pdata(5, 3, b"\x08\0\5\0\2\0\0\0xx"),
         "command_cut_short": REQUEST + pdata(5, 3, echo[:-3]),
         "command_empty": REQUEST + pdata(5, 3, b""),
         "command_group_length_wrong": REQUEST + pdata(5, 3, command_element(0, b"\xff\0\0\0") + echo[12:]),
         "command_without_group_length": REQUEST + pdata(5, 3, echo[12:]),
         "command_out_of_order": REQUEST + pdata(5, 3, echo[-10:] + echo[:-10]),
-        "command_without_message_id": REQUEST + pdata(5, 3, command_element(0x0002, padded(VERIFICATION)) + command_element(0x0100, b"\x30\0") + command_element(0x0800, b"\1\1")),
+        "command_without_message_id": REQUEST
+        + pdata(
+            5,
+            3,
+            command_element(0x0002, padded(VERIFICATION))
+            + command_element(0x0100, b"\x30\0")
+            + command_element(0x0800, b"\1\1"),
+        ),
         "command_element_of_4_gb": REQUEST + pdata(5, 3, struct.pack("<HHL", 0, 2, 0xFFFFFFF0) + b"x"),
-        "store_without_instance": REQUEST + pdata(1, 3, command(1, (0x0002, padded(SC)), data_set=1)) + pdata(1, 2, DATA),
+        "store_without_instance": REQUEST
+        + pdata(1, 3, command(1, (0x0002, padded(SC)), data_set=1))
+        + pdata(1, 2, DATA),
         "store_without_data_set": REQUEST + pdata(1, 3, store_command(SC, UID, data_set=0x0101)),
         "instance_named_as_a_path": REQUEST + store(uid="../../../../tmp/owned"),
         "instance_named_for_a_shell": REQUEST + store(uid="1.2;touch${IFS}x|`id`"),
@@ -225,10 +249,25 @@ def _data() -> dict[str, bytes]:
         "data_set_empty": REQUEST + store(data=b""),
         "data_set_of_noise": REQUEST + store(data=bytes(range(256)) * 8),
         "data_set_cut_short": REQUEST + store(data=DATA[:-30]),
-        "element_of_4_gb": REQUEST + store(data=DATA + struct.pack("<HH2sHL", 0x7FE1, 0x10, b"OB", 0, 0xFFFFFFF0) + b"x" * 10),
-        "sequences_500_deep": REQUEST + store(data=struct.pack("<HH2sHL", 8, 0x1140, b"SQ", 0, 0xFFFFFFFF) + (struct.pack("<HHL", 0xFFFE, 0xE000, 0xFFFFFFFF) + struct.pack("<HH2sHL", 8, 0x1140, b"SQ", 0, 0xFFFFFFFF)) * 500),
-        "fragments_without_end": REQUEST + store(data=DATA + struct.pack("<HH2sHL", 0x7FE1, 0x10, b"OB", 0, 0xFFFFFFFF) + struct.pack("<HHL", 0xFFFE, 0xE000, 8) + bytes(8)),
-    }  # fmt: skip
+        "element_of_4_gb": REQUEST
+        + store(data=DATA + struct.pack("<HH2sHL", 0x7FE1, 0x10, b"OB", 0, 0xFFFFFFF0) + b"x" * 10),
+        "sequences_500_deep": REQUEST
+        + store(
+            data=struct.pack("<HH2sHL", 8, 0x1140, b"SQ", 0, 0xFFFFFFFF)
+            + (
+                struct.pack("<HHL", 0xFFFE, 0xE000, 0xFFFFFFFF)
+                + struct.pack("<HH2sHL", 8, 0x1140, b"SQ", 0, 0xFFFFFFFF)
+            )
+            * 500
+        ),
+        "fragments_without_end": REQUEST
+        + store(
+            data=DATA
+            + struct.pack("<HH2sHL", 0x7FE1, 0x10, b"OB", 0, 0xFFFFFFFF)
+            + struct.pack("<HHL", 0xFFFE, 0xE000, 8)
+            + bytes(8)
+        ),
+    }
 
 
 def named() -> dict[str, bytes]:

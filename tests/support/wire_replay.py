@@ -44,10 +44,10 @@ def split(stream: bytes) -> list[bytes]:
 
 
 def replay(port: int, stream: bytes, *, patience: float = 0.3, timeout: float = 5.0) -> Transcript:
-    """One connection. Ends with `closed` (by the SCP, in order or by RST) or `silent` (it did not within `timeout`).
+    """One connection. Ends with `closed` (by the SCP, in order or by RST) or `silent` (it stays open).
 
-    `patience` is how long an SCP that has something to answer is quiet at most. A release it must answer: that is waited
-    for longer, because closing at once would race with the answer."""
+    `patience` is how long an SCP that has something to answer is quiet at most. A release it must answer: that is
+    waited for longer, because closing at once would race with the answer."""
     words: list[str] = []
     reader = _Reader(words)
     pdus = split(stream)
