@@ -132,8 +132,8 @@ def test_status_and_comment_of_what_cannot_be_stored(port):
         "fragments_without_end": "C000", "data_set_cut_short": "C000", "store_of_another_class": "A900",
     }  # fmt: skip
     for name, status in wanted.items():
-        answer = replay(port, cases.named()[name] + cases.ECHO)
-        assert answer.words == ("AC(1:0,3:0,5:0)", f"C-STORE={status}", "C-ECHO=0000", "closed"), name
+        answer = replay(port, cases.named()[name] + cases.ECHO + cases.RELEASE)
+        assert answer.words == ("AC(1:0,3:0,5:0)", f"C-STORE={status}", "C-ECHO=0000", "RP", "closed"), name
 
 
 def test_no_class_of_nobody_is_accepted_and_deflated_is_not(port):
