@@ -98,4 +98,4 @@ def handshakes_and_resets(node: Besieged) -> Iterator[None]:
         s.close()
         if k % 6 == 5:
             yield
-    node.settles(8)
+    node.settles(3)
