@@ -6,7 +6,7 @@ import hostile_cases as cases
 import pytest
 from hostile_cases import REQUEST
 from listener_process import ListenerProcess, listening, wait_for
-from raw_scu import EXPLICIT, SC
+from raw_scu import EXPLICIT, SC, RawScu
 from wire_replay import Transcript, replay
 
 SERVICE_PROVIDER = 2
@@ -111,6 +111,15 @@ def test_one_abort_is_all(port):
     """PS3.8 table 9-10, Sta13: whatever comes is ignored until the connection is closed. Found by fuzzing."""
     stream = REQUEST + cases.pdata(5, 3, b"\x08\0\5\0\2\0\0\0xx") + b"\4\0\xff\xff\xff\xff" + bytes(100)
     assert replay(port, stream).words.count("ABORT") == 1
+
+
+@defect("an association is counted as open until its thread has ended, some time after its release was answered")
+def test_a_released_association_gives_its_place_back(tmp_path):
+    """Else one association an instance, which many modalities do, is rejected by its own shadow as soon as places are few."""
+    with listening(tmp_path, max_associations_per_peer=1) as node:
+        for _ in range(20):
+            with RawScu(node.port) as scu:
+                scu.associate().release()
 
 
 @defect("an A-ABORT of an unknown source ends the upper layer's thread by a ValueError")
