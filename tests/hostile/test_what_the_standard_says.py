@@ -115,7 +115,7 @@ def test_one_abort_is_all(port):
 
 @defect("an association is counted as open until its thread has ended, some time after its release was answered")
 def test_a_released_association_gives_its_place_back(tmp_path):
-    """Else one association an instance, which many modalities do, is rejected by its own shadow as soon as places are few."""
+    """Else a modality that opens one for each instance is rejected by its own shadow as soon as places are few."""
     with listening(tmp_path, max_associations_per_peer=1) as node:
         for _ in range(20):
             with RawScu(node.port) as scu:
