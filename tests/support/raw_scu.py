@@ -132,6 +132,10 @@ class RawScu:
 
     def associate(self, contexts=((1, VERIFICATION, (IMPLICIT,)),), **parameters) -> RawScu:
         self.send(association_request(contexts, **parameters))
+        return self.associate_answer()
+
+    def associate_answer(self) -> RawScu:
+        """What comes back to a request that was sent."""
         kind, body = self._not_aborted()
         if kind == 3:
             raise RejectedError(*body[1:4])
