@@ -38,11 +38,24 @@ def contrast_arrival(tic: NDArray[np.float64], times: NDArray[np.float64]) -> fl
     below = np.flatnonzero(smooth[:peak] <= threshold)
     if len(below) < 3:
         return _not_found("the clip starts after the arrival")
-    third = smooth[below[: max(1, len(below) // 3)]], smooth[below[-max(1, len(below) // 3) :]]
-    if np.median(third[1]) - np.median(third[0]) > max(3.0 * noise, 0.1 * rise):
-        return _not_found("the curve climbs from the first frame on")
     first = int(below[-1]) + 1  # sustained: never back under the threshold before the peak
-    return _extrapolate(smooth, times, baseline, rise, first, peak)
+    arrival = _extrapolate(smooth, times, baseline, rise, first, peak)
+    still = below[times[below] < arrival]  # without the foot of the rise, which climbs as it should
+    climbs_on = _slope(times[still], smooth[still]) * (times[peak] - arrival) > rise / 3.0  # a ramp has no arrival
+    if len(still) < 3 or climbs_on or _climbs(smooth[still], max(3.0 * noise, 0.1 * rise)):
+        return _not_found("the curve climbs from the first frame on")
+    return arrival
+
+
+def _climbs(level: NDArray[np.float64], much: float) -> bool:
+    """The last third lies higher than the first by more than `much`."""
+    third = max(1, len(level) // 3)
+    return bool(np.median(level[-third:]) - np.median(level[:third]) > much)
+
+
+def _slope(t: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Grey levels a second; 0 where no time passes."""
+    return float(np.polyfit(t, y, 1)[0]) if len(t) >= 2 and t[-1] > t[0] else 0.0
 
 
 def _not_found(why: str) -> Refusal:
@@ -72,7 +85,7 @@ def _extrapolate(
     after = smooth[first : peak + 1]
     half = first + int(np.argmax(after >= baseline + 0.5 * rise))
     t, y = times[first - 1 : half + 1], smooth[first - 1 : half + 1] - baseline
-    slope = float(np.polyfit(t, y, 1)[0]) if len(t) >= 2 and t[-1] > t[0] else 0.0
+    slope = _slope(t, y)
     if slope <= 0:
         return float(times[first])
     meets = float(t.mean() - y.mean() / slope)
