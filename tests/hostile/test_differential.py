@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hostile_cases
 import pytest
-from differential import differences, table
+from differential import RACE, differences, table
 
 
 @pytest.mark.long
 def test_every_difference_from_stock_pynetdicom_is_explained(tmp_path):
-    written = {row.case: (row.ours, row.stock) for row in table()}
+    rows = table()
     found = {row.case: (row.ours, row.stock) for row in differences(tmp_path)}
+    written = {row.case: (row.ours, row.stock) for row in rows if row.case in found or not row.why.startswith(RACE)}
     assert found == written  # python tests/support/differential.py writes the table anew
 
 
