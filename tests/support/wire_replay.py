@@ -79,7 +79,7 @@ class _Reader:
         self._bytes, self._command = b"", b""
 
     def read(self, sock: socket.socket, quiet: float, *, words: int | None = None, until: tuple[str, ...] = ()) -> bool:
-        """Until nothing came for so long, or so many words stand there, or one of `until`. False = the SCP has closed."""
+        """Until nothing came for so long, or so many words stand there, or one of `until`. False = it has closed."""
         if self.words[-1:] == ["closed"]:
             return False
         while (words is None or len(self.words) < words) and not set(until) & set(self.words):
