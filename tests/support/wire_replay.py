@@ -128,14 +128,14 @@ class _Reader:
 
 
 def accepted(body: bytes) -> str:
-    """Context ids and results of an A-ASSOCIATE-AC, as `1:0,3:4`."""
+    """Context ids and results of an A-ASSOCIATE-AC, as `1:0,3:4`: their order means nothing (PS3.8 9.3.3)."""
     at, results = 68, []
     while at < len(body):
         kind, length = struct.unpack_from(">BxH", body, at)
         if kind == 0x21:
-            results.append(f"{body[at + 4]}:{body[at + 6]}")
+            results.append((body[at + 4], body[at + 6]))
         at += 4 + length
-    return ",".join(results)
+    return ",".join(f"{number}:{result}" for number, result in sorted(results))
 
 
 def response(command: bytes) -> str:
