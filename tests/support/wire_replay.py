@@ -57,8 +57,8 @@ def replay(port: int, stream: bytes, *, patience: float = 0.3, timeout: float = 
             scu.send(first or stream)
             if first and reader.read(scu.socket, timeout, words=1) and len(stream) > len(first):
                 scu.send(stream[len(first) :])
-        ends = bool(pdus) and whole(pdus[-1]) and pdus[-1][0] in (5, 7)
-        reader.read(scu.socket, timeout if ends else patience)
+        releases = bool(pdus) and whole(pdus[-1]) and pdus[-1][0] == 5
+        reader.read(scu.socket, timeout if releases else patience, until=("RP", "ABORT") if releases else ())
         with contextlib.suppress(OSError):
             scu.socket.shutdown(socket.SHUT_WR)
         if reader.read(scu.socket, timeout):
@@ -78,11 +78,11 @@ class _Reader:
         self.words, self.abort = words, None
         self._bytes, self._command = b"", b""
 
-    def read(self, sock: socket.socket, quiet: float, *, words: int | None = None) -> bool:
-        """Until nothing came for so long, or so many words stand there. False = the SCP has closed."""
+    def read(self, sock: socket.socket, quiet: float, *, words: int | None = None, until: tuple[str, ...] = ()) -> bool:
+        """Until nothing came for so long, or so many words stand there, or one of `until`. False = it has closed."""
         if self.words[-1:] == ["closed"]:
             return False
-        while words is None or len(self.words) < words:
+        while (words is None or len(self.words) < words) and not set(until) & set(self.words):
             try:
                 sock.settimeout(quiet)
                 more = sock.recv(65536)
@@ -128,14 +128,14 @@ class _Reader:
 
 
 def accepted(body: bytes) -> str:
-    """Context ids and results of an A-ASSOCIATE-AC, as `1:0,3:4`."""
+    """Context ids and results of an A-ASSOCIATE-AC, as `1:0,3:4`: their order means nothing (PS3.8 9.3.3)."""
     at, results = 68, []
     while at < len(body):
         kind, length = struct.unpack_from(">BxH", body, at)
         if kind == 0x21:
-            results.append(f"{body[at + 4]}:{body[at + 6]}")
+            results.append((body[at + 4], body[at + 6]))
         at += 4 + length
-    return ",".join(results)
+    return ",".join(f"{number}:{result}" for number, result in sorted(results))
 
 
 def response(command: bytes) -> str:
