@@ -25,6 +25,7 @@ class Rejection(Enum):
 
     CALLED_AE_TITLE = (1, 1, 7)
     CALLING_AE_TITLE = (1, 1, 3)
+    APPLICATION_CONTEXT = (1, 1, 2)
     PROTOCOL_VERSION = (1, 2, 2)
     FULL = (2, 3, 2)
     """Local limit exceeded: transient, the peer may come again."""

@@ -30,7 +30,7 @@ from dicom_node.dimse.command import (
     parse_command,
 )
 from dicom_node.dimse.contexts import COMMITMENT, INSTANCE_AVAILABILITY
-from dicom_node.dimse.negotiation import Context, Negotiator, Request
+from dicom_node.dimse.negotiation import APPLICATION_CONTEXT, Context, Negotiator, Request
 from dicom_node.dimse.seam import Association, Receiver, Sink, StoreRequest, StoreResponse
 from dicom_node.dimse.status import ERROR_COMMENT_LENGTH, OUT_OF_RESOURCES, SUCCESS
 from dicom_node.dimse.tls import subject_common_name
@@ -246,6 +246,8 @@ class StorageAssociation:
             sound = MIN_REQUEST <= length <= self._config.max_request_bytes
         if kind not in PDU_EVENTS or not sound:
             self._deaf = True  # where the next PDU would begin is not known any more
+            if self._state is State.AWAIT_CLOSE and kind in PDU_EVENTS:
+                return  # AA-6 whatever its length
             if kind not in PDU_EVENTS:
                 raise PeerError(self._unexpected(), diagnostic=Reason.UNRECOGNISED_PDU)
             raise PeerError("pdu_too_long" if length > MIN_REQUEST else "pdu_malformed")
@@ -301,7 +303,8 @@ class StorageAssociation:
 
     def _last_word(self, pdu: bytes | memoryview) -> None:
         # The peer closes: doing it at once would reset the connection and lose this PDU on its way.
-        self._start_artim(self._config.release_timeout)
+        self._leave()
+        self._start_artim(self._config.release_timeout if self._pending else 0.0)
         self._sock.settimeout(self._config.release_timeout)
         self._send(pdu)
 
@@ -310,6 +313,13 @@ class StorageAssociation:
             self._sock.sendall(data)
         except OSError:
             self._step(Event.CLOSED)
+
+    def _leave(self) -> None:
+        """Before the last word: who hears it may be back at once. What lingers is a pending connection again."""
+        if self._admitted:
+            self._admitted = False
+            self._port.admission.left(self._peer)
+            self._pending = self._port.admission.connecting(self._peer)
 
     def _asked(self) -> None:
         """The connection is no longer pending."""
@@ -321,12 +331,15 @@ class StorageAssociation:
         """Accept or reject the request. Who is rejected stays pending until his connection is closed."""
         try:
             request = Request.of(pdu)
+            application = request.application_context
         except ValueError:
             raise PeerError("association_request_unreadable") from None
         calling, called = request.calling_ae_title, request.called_ae_title
         subject = subject_common_name(self._sock.getpeercert()) if isinstance(self._sock, ssl.SSLSocket) else None
         if not request.protocol_version & 1:  # only bit 0 is tested (PS3.8 table 9-11)
             rejection: Rejection | None = Rejection.PROTOCOL_VERSION
+        elif application not in ("", APPLICATION_CONTEXT):
+            rejection = Rejection.APPLICATION_CONTEXT
         else:
             rejection = self._port.admission.admit(self._peer, calling, called, subject)
         if rejection is not None:

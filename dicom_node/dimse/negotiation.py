@@ -38,8 +38,14 @@ REMEMBERED = 64
 STORAGE_SUPPORT = bytes((2, 0, 0, 0, 0, 0))
 """PS3.4 table B.3-1: level 2 (every element is kept, private ones too), signature level unspecified, no coercion."""
 
-_APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
-_PRESENTATION_CONTEXT, _USER_INFORMATION = 0x20, 0x50
+APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
+_APPLICATION, _PRESENTATION_CONTEXT, _USER_INFORMATION = 0x10, 0x20, 0x50
+_UNDERSTOOD: Mapping[int, frozenset[int]] = {
+    _APPLICATION: frozenset(),
+    _PRESENTATION_CONTEXT: frozenset((0x30, 0x40)),
+    _USER_INFORMATION: frozenset(range(0x51, 0x59)),
+}
+"""Items of a request and the sub-items they may have (PS3.8 9.3.2, PS3.7 annex D.3.3)."""
 _USER_REJECTION = 1
 _DECODE_ERRORS = (
     ValueError,
@@ -95,6 +101,13 @@ class Request:
             raise ValueError("an AE title is missing")
         return cls(calling, called, int.from_bytes(pdu[6:8], "big"), pdu)
 
+    @property
+    def application_context(self) -> str:
+        """Application Context Name (PS3.8 9.3.2.1). Raises ValueError: the items cannot be walked."""
+        start = 6 + MIN_REQUEST
+        names = (self.pdu[a:b] for kind, a, b in _items(self.pdu, start, len(self.pdu)) if kind == _APPLICATION)
+        return next(names, b"").rstrip(b"\0").decode("ascii", "replace")
+
 
 class Negotiator:
     """One for the port: what it offers does not change while it runs."""
@@ -122,7 +135,7 @@ class Negotiator:
         return negotiated, bytes(acceptance)
 
     def _negotiate(self, items: bytes) -> Negotiated:
-        _count(items)
+        items = _understood(items)
         fixed = struct.pack(">HH", 1, 0) + b"CALLED".ljust(16) + b"CALLING".ljust(16) + bytes(32)
         pdu = A_ASSOCIATE_RQ()
         try:
@@ -145,7 +158,7 @@ class Negotiator:
             if context.abstract_syntax == COMMITMENT.uid and context.result == 0 and not context.as_scu:
                 context.result = _USER_REJECTION
         answer = A_ASSOCIATE()
-        answer.application_context_name = _APPLICATION_CONTEXT
+        answer.application_context_name = APPLICATION_CONTEXT
         answer.calling_ae_title, answer.called_ae_title = "CALLING", "CALLED"
         answer.result, answer.result_source = 0, 1
         answer.presentation_context_definition_results_list = results
@@ -194,19 +207,26 @@ def _title(field: bytes) -> str:
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
 
 
-def _count(items: bytes) -> None:
-    """Each item within what encloses it, and not too many. Raises ValueError.
+def _understood(items: bytes) -> bytes:
+    """The items without those of a type nobody here knows, which later editions may add (PS3.8 9.3.1, PS3.7 D.3.3).
 
-    In front of the library: it takes a tenth of a millisecond for an item, and checks lengths by `assert`.
+    In front of the library: it fails on an unknown type, takes a tenth of a millisecond for an item, and checks lengths
+    by `assert`. Raises ValueError: an item is longer than what encloses it, or there are too many.
     """
-    count = 0
+    kept, count = bytearray(), 0
     for kind, start, end in _items(items, 0, len(items)):
         count += 1
+        body = items[start:end]
         if kind in (_PRESENTATION_CONTEXT, _USER_INFORMATION):
             inner = start + (4 if kind == _PRESENTATION_CONTEXT else 0)  # the context's ID and reserved bytes
-            count += sum(1 for _ in _items(items, inner, end))
+            parts = list(_items(items, inner, end))
+            count += len(parts)
+            body = items[start:inner] + b"".join(items[a - 4 : b] for k, a, b in parts if k in _UNDERSTOOD[kind])
         if count > MAX_ITEMS:
             raise ValueError("too many items")
+        if kind in _UNDERSTOOD:
+            kept += struct.pack(">BxH", kind, len(body)) + body
+    return bytes(kept)
 
 
 def _items(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:

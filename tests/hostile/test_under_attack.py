@@ -20,12 +20,6 @@ from dicom_node.dimse.tls import client_context
 pytestmark = pytest.mark.xdist_group("hostile")  # one listener for each kind of node, not one for each worker
 
 
-LEAKS = pytest.mark.xfail(
-    strict=True,
-    reason="RST before there is an association: its eventfd is never closed (StorageAssociation.__init__ fails)",
-)
-
-
 @pytest.fixture(scope="module")
 def node(tmp_path_factory) -> Besieged:
     with besieged(tmp_path_factory.mktemp("open") / "root", max_instance_mb=100) as made:
@@ -66,7 +60,7 @@ def secure(tmp_path_factory) -> Besieged:
         attacks.who_never_close, attacks.slow_everywhere, attacks.idle_associations,
         attacks.idle_associations_everywhere, attacks.endless_pdata, attacks.endless_command, attacks.endless_message,
         attacks.crumbs, attacks.giant_instances, attacks.request_flood, attacks.half_closes,
-        attacks_data.data_set_bombs, pytest.param(attacks.resets, marks=LEAKS),
+        attacks_data.data_set_bombs, attacks.resets,
     ],
     ids=lambda a: a.__name__,
 )  # fmt: skip
@@ -90,7 +84,7 @@ def test_places_are_kept_for_configured_peers(guarded, attack):
     "attack",
     [
         attacks_tls.silent, attacks_tls.half_a_hello, attacks_tls.hello_and_silence, attacks_tls.handshake_and_silence,
-        attacks_tls.plain_and_noise, pytest.param(attacks_tls.handshakes_and_resets, marks=LEAKS),
+        attacks_tls.plain_and_noise, attacks_tls.handshakes_and_resets,
     ],
     ids=lambda a: a.__name__,
 )  # fmt: skip

@@ -14,10 +14,6 @@ UNRECOGNISED_PDU, UNEXPECTED_PDU, INVALID_PARAMETER = 1, 2, 6
 """Reasons of A-ABORT (PS3.8 table 9-26)."""
 
 
-def defect(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.fixture(scope="module")
 def port(tmp_path_factory) -> int:
     with listening(tmp_path_factory.mktemp("standard"), idle_timeout=3.0) as node:
@@ -59,7 +55,6 @@ def test_what_is_out_of_place_is_aborted(port, name):
         ("pdv_of_length_1", INVALID_PARAMETER),
     ],
 )
-@defect("the state machine of pynetdicom says reason 0, not specified, whatever happened")
 def test_the_abort_says_why(port, name, reason):
     assert said(port, name).abort == (SERVICE_PROVIDER, reason)
 
@@ -80,40 +75,34 @@ def test_what_is_negotiated_beyond_contexts_does_no_harm(port, name):
 
 
 @pytest.mark.parametrize("name", ["unknown_item", "unknown_user_item"])
-@defect("the request's decoder fails on an item type that it does not know")
 def test_items_of_unknown_type_are_ignored(port, name):
     """PS3.8 9.3.1 and D.3.3: so that later editions can add some."""
     assert said(port, name).words[:2] == ("AC(1:0,3:0,5:0)", "C-ECHO=0000")
 
 
-@defect("the application context name is not looked at")
 def test_another_application_context_is_rejected(port):
     """PS3.8 table 9-21: rejected permanent, service user, application context name not supported."""
     assert said(port, "another_application").words[0] == "RJ(1,1,2)"
 
 
 @pytest.mark.parametrize("name", ["context_without_abstract_syntax", "context_without_transfer_syntax"])
-@defect("the connection is closed without a word where negotiation fails")
 def test_a_request_that_cannot_be_negotiated_is_answered(port, name):
     assert said(port, name).words[0][:2] in ("AB", "RJ", "AC")
 
 
 @pytest.mark.parametrize("name", ["context_even", "nobodys_class", "command_goes_on_in_another_context"])
-@defect("C-ECHO is answered in whatever context it comes")
 def test_an_echo_belongs_in_an_accepted_context_of_verification(port, name):
     """PS3.8 annex E.2: a PDV names an accepted context; PS3.4 A.4: C-ECHO is of the Verification SOP Class."""
     answer = said(port, name)
     assert "C-ECHO=0000" not in answer.words, answer
 
 
-@defect("after its A-ABORT the listener still judges the length of what comes, and aborts again")
 def test_one_abort_is_all(port):
     """PS3.8 table 9-10, Sta13: whatever comes is ignored until the connection is closed. Found by fuzzing."""
     stream = REQUEST + cases.pdata(5, 3, b"\x08\0\5\0\2\0\0\0xx") + b"\4\0\xff\xff\xff\xff" + bytes(100)
     assert replay(port, stream).words.count("ABORT") == 1
 
 
-@defect("an association is counted as open until its thread has ended, some time after its release was answered")
 def test_a_released_association_gives_its_place_back(tmp_path):
     """Else a modality that opens one for each instance is rejected by its own shadow as soon as places are few."""
     with listening(tmp_path, max_associations_per_peer=1) as node:
@@ -122,7 +111,6 @@ def test_a_released_association_gives_its_place_back(tmp_path):
                 scu.associate().release()
 
 
-@defect("an A-ABORT of an unknown source ends the upper layer's thread by a ValueError")
 def test_an_abort_of_an_unknown_source_kills_no_thread(tmp_path):
     with ListenerProcess(tmp_path / "root") as node:
         for reason in (0, 91):
