@@ -261,7 +261,7 @@ class Stream(RuleBasedStateMachine):
 _settings = settings(
     deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
-Stream.TestCase.settings = settings(_settings, max_examples=10, stateful_step_count=25)
+Stream.TestCase.settings = settings(_settings, max_examples=8, stateful_step_count=25)
 
 
 class TestStream(Stream.TestCase):
