@@ -82,7 +82,12 @@ class ListenerProcess:
         threading.Thread(target=self._read_messages, daemon=True).start()
         self._log_reader = threading.Thread(target=self._read_log, daemon=True)
         self._log_reader.start()
-        self.port = int(wait_for(lambda: self.messages.of("listening"), 15)[0]["address"][1])
+        try:
+            self.port = int(wait_for(lambda: self.messages.of("listening"), 15)[0]["address"][1])
+        except AssertionError:
+            self.process.kill()  # nobody else could
+            self.process.wait()
+            raise
 
     def _read_messages(self) -> None:
         for line in self.process.stdout or ():
