@@ -124,10 +124,12 @@ def test_while_an_answer_is_waited_for_it_will_be_acknowledged_at_once(tmp_path)
         assert sender.send_file(destination(pacs), path).kind is Outcome.DELIVERED
         transport = sender._association.dul.socket.socket
         transport.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)  # as the kernel does after a while
-        behaviour.delay_seconds = 1.0
+        behaviour.delay_seconds = 3.0
         sending = threading.Thread(target=sender.send_file, args=(destination(pacs), path))
         sending.start()
-        time.sleep(0.5)
+        deadline = time.monotonic() + 2.5
+        while not transport.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK) and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert transport.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK) == 1
         assert transport.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         sending.join()
