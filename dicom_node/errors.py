@@ -15,7 +15,8 @@
     ├── LedgerError             the ledger is unusable: corrupt, of a newer schema, not writable
     ├── PackageError            a task or a model package is refused, with the failing step
     ├── WorkerError             the worker lost a job: crash, time-out, memory (costs one attempt)
-    │   └── NoSuchModelError        an engine asked for a model that its package does not hold
+    │   ├── NoSuchModelError        an engine asked for a model that its package does not hold
+    │   └── BackendError            a backend failed where the reference might not: the next one is tried
     ├── ClinicalSourceError     a source of clinical values gave no usable answer
     ├── NodeStoppingError       the node ends the worker: the job in hand keeps its attempt
     ├── ReportError             the objects of a result cannot be built (costs one attempt)
@@ -135,6 +136,10 @@ class WorkerError(NodeError):
 
 class NoSuchModelError(WorkerError):
     """The package holds no model of this name: a site's own may come without a locator."""
+
+
+class BackendError(WorkerError):
+    """A backend cannot load or run a graph, or gave what no answer can be."""
 
 
 class ReportError(NodeError):
