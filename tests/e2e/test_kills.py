@@ -125,7 +125,14 @@ def test_a_few_kills_lose_nothing(make_node, tmp_path, kill, count):
 def test_thirty_kills_lose_nothing(make_node, tmp_path, kill, count):
     with ReceivingPacs(tmp_path / "pacs", ae_title="PACS") as pacs:
         files = variants(tmp_path / "files", 40)
-        rounds(make_node(pacs.port, infer=MANY_ATTEMPTS), pacs, files, kill, count, seed=int(os.environ.get("KILL_SEED", "11")))
+        rounds(
+            make_node(pacs.port, infer=MANY_ATTEMPTS),
+            pacs,
+            files,
+            kill,
+            count,
+            seed=int(os.environ.get("KILL_SEED", "11")),
+        )
 
 
 def test_the_ledger_may_be_lost_the_files_say_all(make_node, tmp_path):

@@ -69,7 +69,9 @@ class Stream(RuleBasedStateMachine):
         self._stack = contextlib.ExitStack()
         self._root = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._node = self._stack.enter_context(
-            listening(self._root, idle_timeout=120.0, max_associations=128, max_associations_per_peer=100, max_instance_mb=1)
+            listening(
+                self._root, idle_timeout=120.0, max_associations=128, max_associations_per_peer=100, max_instance_mb=1
+            )
         )
         self._number, self._connections = 0, list[RawScu]()
         self._acknowledged: dict[str, bytes] = {}
