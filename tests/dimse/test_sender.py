@@ -118,7 +118,7 @@ def test_a_file_whose_meta_group_says_something_else_goes_by_its_data_set(tmp_pa
 def test_while_an_answer_is_waited_for_it_will_be_acknowledged_at_once(tmp_path):
     """Else a peer that leaves Nagle on (DCMTK as Debian ships it) holds the rest of it back for 40 ms.
 
-    A small object: of a large one the kernel may still hold a part when it is asked, and forgets when that part goes out.
+    A small object: of a large one the kernel may still hold a part when it is asked, and forgets as that part goes out.
     """
     path = stored(tmp_path / "a.dcm", small_data_set())
     behaviour = Behaviour()
