@@ -116,8 +116,11 @@ def test_a_file_whose_meta_group_says_something_else_goes_by_its_data_set(tmp_pa
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="Linux only")
 def test_while_an_answer_is_waited_for_it_will_be_acknowledged_at_once(tmp_path):
-    """Else a peer that leaves Nagle on (DCMTK as Debian ships it) holds the rest of it back for 40 ms."""
-    path = stored(tmp_path / "a.dcm", odd_data_set())
+    """Else a peer that leaves Nagle on (DCMTK as Debian ships it) holds the rest of it back for 40 ms.
+
+    A small object: of a large one the kernel may still hold a part when it is asked, and forgets as that part goes out.
+    """
+    path = stored(tmp_path / "a.dcm", small_data_set())
     behaviour = Behaviour()
     with ReceivingPacs(tmp_path / "pacs", behaviour=behaviour) as pacs:
         sender = Sender("NODE")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_profile
 import bench_receive
 import pytest
 from bench_receive import Cell, Figures, Selection, Table, Target, figures, verdicts
@@ -105,3 +106,10 @@ def test_a_quick_run_of_everything():
     for name in set(RECEIVERS) - missing - {"node"}:
         assert len(re.findall(rf"\| {name} \| [\d.]+ \[", text)) == 6, (name, text)
     assert "idle: 4 associations, ours" in text
+
+
+def test_the_profile_leaves_nothing_out(tmp_path):
+    said = list(bench_profile.profile(tmp_path, 1))
+    shares = [int(found[1]) for line in said if (found := re.search(r"\| (\d+)% \|$", line))]
+    assert len(shares) == len(bench_profile.PARTS) + 1 and 97 <= sum(shares) <= 103
+    assert all(share > 0 for share in shares), said

@@ -69,7 +69,9 @@ class Stream(RuleBasedStateMachine):
         self._stack = contextlib.ExitStack()
         self._root = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._node = self._stack.enter_context(
-            listening(self._root, idle_timeout=5.0, max_associations_per_peer=64, max_instance_mb=1)
+            listening(
+                self._root, idle_timeout=120.0, max_associations=128, max_associations_per_peer=100, max_instance_mb=1
+            )
         )
         self._number, self._connections = 0, list[RawScu]()
         self._acknowledged: dict[str, bytes] = {}
@@ -272,4 +274,4 @@ class TestStream(Stream.TestCase):
 class TestStreamLonger(Stream.TestCase):
     """Minutes of it."""
 
-    settings = settings(_settings, max_examples=120, stateful_step_count=60)
+    settings = settings(_settings, max_examples=50, stateful_step_count=60)

@@ -126,7 +126,8 @@ def pynetdicom(port: int, files: list[Path], folder: Path, tls: Tls | None) -> N
     )
     assert association.is_established
     for path in files:
-        assert association.send_c_store(path).Status == 0, path.name
+        status = association.send_c_store(path).Status
+        assert status == 0, f"{path.name}: {status:#06x}"
     association.release()
 
 
