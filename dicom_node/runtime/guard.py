@@ -38,6 +38,11 @@ class Guarded:
         self.backend, self.precision = session.backend, session.precision
         self._session, self._model, self._outputs, self._bound = session, model, outputs, bound
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the session has to say to an operator, where it has a word."""
+        return tuple(getattr(self._session, "notes", ()))
+
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Raises WorkerError for what the engine gave, BackendError for what the backend did with it."""
         count = self._count(inputs)
