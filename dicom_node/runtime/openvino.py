@@ -107,7 +107,8 @@ class OpenVinoBackend:
 
 def _openvino() -> ModuleType:
     """The package, loaded without the part that reports to its maker. Raises BackendError."""
-    sys.modules.setdefault(_TALKS, None)  # type: ignore[arg-type]  None makes an import fail, and openvino allows for it
+    # None makes its import fail, and openvino allows for that.
+    sys.modules.setdefault(_TALKS, None)  # type: ignore[arg-type]
     try:
         import openvino
     except (ImportError, OSError, RuntimeError, AttributeError) as e:  # a broken install shows in several ways
