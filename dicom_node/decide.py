@@ -168,7 +168,10 @@ def _promises(unit: UnitPrediction, selected: set[str], package: ModelPackage) -
 
 def ood_distance(unit: UnitPrediction, package: ModelPackage) -> float:
     """Mean over the maps of the squared Mahalanobis distance of the spatially averaged features (`OodSpec`)."""
-    maps = unit.feature_maps
+    return _distance(unit.feature_maps, package)
+
+
+def _distance(maps: Array, package: ModelPackage) -> float:
     centred = maps.reshape(*maps.shape[:2], -1).mean(axis=2, dtype=np.float64) - package.ood_mean
     return float(np.einsum("ni,ij,nj->n", centred, package.ood_precision, centred).mean())
 
@@ -197,6 +200,24 @@ def category(p: float, task: Task, decision: Decision) -> Code:
     if band.lower <= p <= band.upper:
         return code(task.categories.indeterminate)
     return code(task.categories.high if p >= decision.threshold else task.categories.low)
+
+
+def judge(task: Task, package: ModelPackage, outputs: Mapping[str, Array]) -> tuple[str, ...]:
+    """What the node would say of each golden case of the explained model: its category, or OUT_OF_DISTRIBUTION.
+
+    Two backends give an equal Result where they give the same of these and the same map. The probability is not
+    compared: with logits within t of each other it moves by t / (2 T) at most, and they are held to their tolerance.
+    """
+    logits, maps = outputs.get("logits"), outputs.get("features")
+    if logits is None or logits.ndim != 2:
+        return ()  # a map alone: its own tolerance is all that can be asked
+    said = []
+    for n, row in enumerate(logits):
+        if maps is not None and not _distance(maps[n : n + 1], package) <= package.manifest.ood.limit:
+            said.append(str(RefusalCode.OUT_OF_DISTRIBUTION))
+        else:
+            said.append(category(probability(row, package.manifest), task, package.manifest.decision).value)
+    return tuple(said)
 
 
 # -- explanation
