@@ -1,0 +1,133 @@
+"""OpenVINO on the CPU, at single precision: on most of our networks the fastest backend of a machine without a GPU.
+
+Nothing leaves the machine: `import openvino` alone would send an event to its maker and write a client identifier into
+the home folder, so the module that does it is kept from loading. A graph comes as bytes and is untrusted; external
+data is refused by `graph.check` and, for a caller without it, by the reader here. Runs in the worker.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dicom_node.errors import BackendError, PackageError
+from dicom_node.runtime import Model, Place, Session
+
+_TALKS = "openvino.tools.ovc"
+"""The converter of other formats. Importing it reports the import to a web service; the package goes on without it."""
+
+
+class OpenVinoSession:
+    """One compiled graph and its one request."""
+
+    backend = "openvino"
+    precision = "fp32"
+
+    def __init__(self, model: Model, place: Place) -> None:
+        ov = _openvino()
+        core = ov.Core()
+        try:
+            graph = core.read_model(model.graphs[self.precision])
+        except _errors() as e:
+            raise PackageError(f"model {model.name}: OpenVINO refuses the graph ({type(e).__name__})") from None
+        _check(model.name, "inputs", graph.inputs, model.inputs)
+        _check(model.name, "outputs", graph.outputs, model.outputs)
+        try:
+            self._compiled = core.compile_model(graph, "CPU", _options(place.threads))
+            self._request = self._compiled.create_infer_request()
+        except _errors() as e:
+            raise BackendError(f"model {model.name}: OpenVINO cannot compile the graph ({type(e).__name__})") from None
+        self._inputs, self._outputs = frozenset(model.inputs), model.outputs
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Raises BackendError."""
+        given = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in inputs.items())
+        # OpenVINO would convert another type in silence, and answer a missing input with the last one it was given.
+        if inputs.keys() != self._inputs or any(array.dtype != np.float32 for array in inputs.values()):
+            raise BackendError(f"OpenVINO: these are not the inputs of the graph: {given or 'nothing'}")
+        try:
+            # Both ways copied: what the request holds is overwritten by the next run.
+            self._request.infer(dict(inputs), share_inputs=False, share_outputs=False)
+            return {name: np.array(self._request.get_tensor(name).data, copy=True) for name in self._outputs}
+        except _errors() as e:
+            raise BackendError(f"OpenVINO: {type(e).__name__} on {given}") from None
+
+    def close(self) -> None:
+        """OpenVINO frees a request and a compiled graph with their last reference."""
+        del self._request, self._compiled
+
+
+class OpenVinoBackend:
+    """OpenVINO's CPU plugin."""
+
+    name = "openvino"
+    precision = "fp32"
+
+    def missing(self) -> str:
+        """Looks, loads nothing."""
+        if importlib.util.find_spec("openvino") is None:
+            return 'openvino is not installed: pip install "dicom-node[openvino]"'
+        return ""
+
+    def version(self) -> str:
+        """Of the package openvino."""
+        try:
+            return importlib.metadata.version("openvino")
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown"
+
+    def open(self, model: Model, place: Place) -> Session:
+        """Raises PackageError where the graph is refused, BackendError where OpenVINO fails."""
+        return OpenVinoSession(model, place)
+
+
+def _openvino() -> ModuleType:
+    """The package, loaded without the part that reports to its maker. Raises BackendError."""
+    sys.modules.setdefault(_TALKS, None)  # type: ignore[arg-type]  None makes an import fail, and openvino allows for it
+    try:
+        import openvino
+    except (ImportError, OSError, RuntimeError, AttributeError) as e:  # a broken install shows in several ways
+        raise BackendError(f"openvino cannot be loaded ({type(e).__name__})") from None
+    finally:
+        if sys.modules.get(_TALKS) is None:
+            sys.modules.pop(_TALKS, None)
+    return openvino
+
+
+def _options(threads: int) -> dict[str, Any]:
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 wherever the processor has it, and no word about it
+        "EXECUTION_MODE_HINT": "ACCURACY",
+        "ENABLE_CPU_PINNING": False,  # several workers would be pinned to the same cores
+        "PERF_COUNT": False,
+        "CACHE_DIR": "",
+    }
+
+
+def _check(name: str, what: str, ports: Sequence[Any], promised: Sequence[str]) -> None:
+    found = [sorted(port.get_names()) for port in ports]
+    if len(found) != len(promised) or not all(any(name in names for names in found) for name in promised):
+        said = ", ".join("/".join(names) for names in found)
+        raise PackageError(f"model {name}: its {what} are {said}; the manifest says {', '.join(promised)}")
+    for port in ports:
+        kind = port.get_element_type().get_type_name()
+        if kind != "f32":
+            raise PackageError(
+                f"model {name}: {port.get_any_name()} is {kind}; single precision at the border expected"
+            )
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    from openvino.exceptions import OVError
+
+    return (OVError, RuntimeError, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError)
