@@ -202,21 +202,22 @@ def category(p: float, task: Task, decision: Decision) -> Code:
     return code(task.categories.high if p >= decision.threshold else task.categories.low)
 
 
-def judge(task: Task, package: ModelPackage, outputs: Mapping[str, Array]) -> tuple[str, ...]:
-    """What the node would say of each golden case of the explained model: its category, or OUT_OF_DISTRIBUTION.
+def judge(task: Task, package: ModelPackage, outputs: Mapping[str, Array]) -> tuple[tuple[object, ...], ...]:
+    """What the node would say of each golden case of the explained model, as `runtime.accept.Judge`.
 
-    Two backends give an equal Result where they give the same of these and the same map. The probability is not
-    compared: with logits within t of each other it moves by t / (2 T) at most, and they are held to their tolerance.
+    OUT_OF_DISTRIBUTION alone, or category and probability of the image. Fusion is left out: golden cases hold no
+    clinical values, and it is a smooth function of the same log-odds.
     """
     logits, maps = outputs.get("logits"), outputs.get("features")
     if logits is None or logits.ndim != 2:
         return ()  # a map alone: its own tolerance is all that can be asked
-    said = []
+    said: list[tuple[object, ...]] = []
     for n, row in enumerate(logits):
         if maps is not None and not _distance(maps[n : n + 1], package) <= package.manifest.ood.limit:
-            said.append(str(RefusalCode.OUT_OF_DISTRIBUTION))
-        else:
-            said.append(category(probability(row, package.manifest), task, package.manifest.decision).value)
+            said.append((str(RefusalCode.OUT_OF_DISTRIBUTION),))
+            continue
+        p = probability(row, package.manifest)
+        said.append((category(p, task, package.manifest.decision).value, round(p, 4)))
     return tuple(said)
 
 

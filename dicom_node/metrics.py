@@ -132,7 +132,7 @@ CATALOGUE: dict[str, Metric] = {
         ),
         _gauge(
             "engine_acceptance_ratio",
-            "Largest difference from the golden answers over its tolerance, of the models together; above 1 is refused.",
+            "Largest difference from the golden answers over its tolerance, of an accepted backend.",
             "engine",
             "backend",
             "precision",

@@ -1,7 +1,7 @@
-"""What a worker says of each engine: the acceptance table. `<store.root>/acceptance.json` keeps the last one for people.
+"""What a worker says of each engine, the acceptance table; `<store.root>/acceptance.json` keeps the last for people.
 
-The child that says it runs foreign code, so it is checked here before it becomes a label, a log line or a file. The file
-is shown (`engines list`) and never believed: what serves is held to its golden answers by the worker that serves.
+The child that says it runs foreign code, so it is checked here before it becomes a label, a log line or a file. The
+file is shown (`engines list`) and never believed: a worker holds what serves to its golden answers itself.
 """
 
 from __future__ import annotations

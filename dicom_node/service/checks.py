@@ -104,7 +104,7 @@ def _withheld(config: Config, route: str, names: tuple[str, ...]) -> Iterator[Fi
 def _runtime(config: Config) -> Iterator[Finding]:
     """Which backends can be tried here; a worker then holds each to the golden answers."""
     named = config.infer.runtime
-    here = {}
+    here: dict[str, bool] = {}
     for backend in backends.known(named):
         here[backend.name] = here.get(backend.name, False) or not (why := backend.missing())
         if why and named != "auto":

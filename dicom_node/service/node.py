@@ -244,7 +244,7 @@ class Node:
         ]
         reasons = [f"the {name} loop is silent" for name in silent]
         reasons += [] if listening else ["the listener is not listening"]
-        reasons += [] if loaded else [f"engines are loading: {', '.join(loading)}" if loading else "engines are loading"]
+        reasons += [] if loaded else [f"engines are loading: {', '.join(loading) or 'all'}"]
         reasons += [f"no decoder for {name}" for name in missing]
         reasons += [] if self._ledger_writable else ["the ledger cannot be written"]
         return Health(alive=not silent, ready=not reasons, reasons=(*reasons, *refused))

@@ -32,11 +32,10 @@ from dicom_node.errors import PackageError
 from dicom_node.log import quiet_values
 from dicom_node.metrics import Deltas
 from dicom_node.result import ClinicalInput, Code, Refusal, RefusalCode
-from dicom_node.runtime import Backend, Place, backends
+from dicom_node.runtime import REFERENCE, Backend, Place, backends
 from dicom_node.study import Study, study_from_json
 from dicom_node.worker.engines import FallenError, Loaded, load_engine
 from dicom_node.worker.guard import Fault, guarded
-from dicom_node.worker.watch import watched
 from dicom_node.worker.wire import EndedError, Wire
 
 OOM_SCORE_ADJUST = "500"
@@ -96,14 +95,16 @@ class Worker:
             raise PackageError(f"no task {task} under engines.path")
 
         def at(backend: str) -> None:
-            self._send({"kind": "at", "task": task, "backend": backend})
+            if backend != REFERENCE:  # nothing to fall back to: who dies in it dies of the engine or the input
+                self._send({"kind": "at", "task": task, "backend": backend})
 
         return load_engine(
             folder,
             self._root,
-            watched(self._known(self._infer.runtime), at),
+            self._known(self._infer.runtime),
             require_signature=self._engines.require_signature,
             place=Place(threads=self._threads, plans=self._root / "plans"),
+            at=at,
             candidate=candidate,
             excluded=self._excluded.get(task, {}),
         )

@@ -17,8 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from numpy.typing import NDArray
-
 from dicom_node import decide, packages
 from dicom_node.engine import Engine, Prediction, Selection, Site
 from dicom_node.errors import PackageError, WorkerError
@@ -27,11 +25,10 @@ from dicom_node.packages import ModelPackage, Task
 from dicom_node.pixels.decode import PixelDecoder, PixelsUndecodableError
 from dicom_node.result import ClinicalInput, Refusal, Result
 from dicom_node.runtime import Backend, Model, Place
-from dicom_node.runtime.accept import check_head
+from dicom_node.runtime.accept import Judge, check_head
 from dicom_node.runtime.choose import Chosen, Tried, choose, replay
 from dicom_node.study import Study
-from dicom_node.worker.answers import Answers, reference_of
-from dicom_node.worker.watch import is_reference
+from dicom_node.worker.answers import Answers, At, Reference, is_reference, reference_of
 
 
 class FallenError(Exception):
@@ -48,6 +45,7 @@ class Loaded:
     models: tuple[Model, ...]
     backends: tuple[Backend, ...]
     place: Place
+    at: At
     chosen: Chosen
     seconds: float
 
@@ -116,8 +114,8 @@ class Loaded:
         )  # fmt: skip
 
     def _predict(self, selection: Selection, pixels: PixelDecoder) -> object:
-        models = {model.name: model for model in self.models}
-        run = Answers(models, self.chosen.sessions, self.package.golden, reference_of(self.backends), self.place)
+        reference = Reference(reference_of(self.backends), self.models, self.package.golden, self.place)
+        run = Answers(self.chosen.sessions, reference, self.at)
         try:
             return self.engine.predict(selection, pixels, run)
         finally:
@@ -126,17 +124,21 @@ class Loaded:
 
     def drifted(self) -> str:
         """Why the sessions in use no longer give the golden answers; "" = they do."""
-        return replay(self.chosen, self.models, self.package.golden, self._explained, self._judge)
+        self.at(self.chosen.backend)
+        try:
+            return replay(self.chosen, self.models, self.package.golden, self._explained, self._judge)
+        finally:
+            self.at("")
 
     def on_next(self, excluded: Mapping[str, str]) -> Loaded:
         """On the fastest backend left of those that were accepted. Raises PackageError where none is."""
         self.close()
         started = time.monotonic()
         before = {(tried.backend, tried.precision): tried for tried in self.chosen.tried}
-        left = [b for b in self.backends if is_reference(b) or before[_name(b)].status == "accepted"]
-        chosen = choose(
-            self.models, self.package.golden, self._explained, self._judge, left, self.place, excluded
-        )  # fmt: skip
+        served = {tried.backend for tried in self.chosen.tried if tried.status == "accepted"}
+        left = [b for b in self.backends if is_reference(b) or b.name in served]
+        golden, explained = self.package.golden, self._explained
+        chosen = choose(self.models, golden, explained, self._judge, left, self.place, excluded, self.at)
         after = before | {(tried.backend, tried.precision): tried for tried in chosen.tried}
         seconds = time.monotonic() - started
         return replace(self, chosen=replace(chosen, tried=tuple(after.values())), seconds=seconds)
@@ -161,7 +163,7 @@ class Loaded:
         return self.package.manifest.explain.model
 
     @property
-    def _judge(self) -> Callable[[Mapping[str, NDArray[Any]]], tuple[str, ...]]:
+    def _judge(self) -> Judge:
         return partial(decide.judge, self.task, self.package)
 
 
@@ -172,6 +174,7 @@ def load_engine(
     *,
     require_signature: bool,
     place: Place,
+    at: At,
     candidate: Path | None = None,
     excluded: Mapping[str, str] | None = None,
 ) -> Loaded:
@@ -190,11 +193,15 @@ def load_engine(
     packages.check_graphs(package)
     engine = cast(Engine, load_module(folder))
     models = models_of(package)
-    judge = partial(decide.judge, task.task, package)
-    explained = package.manifest.explain.model
-    chosen = choose(models, package.golden, explained, judge, backends, place, excluded or {})
-    _check_explained(package)
-    return Loaded(task.task, package, engine, models, backends, place, chosen, time.monotonic() - started)
+    judge, explained = partial(decide.judge, task.task, package), package.manifest.explain.model
+    chosen = choose(models, package.golden, explained, judge, backends, place, excluded or {}, at)
+    loaded = Loaded(task.task, package, engine, models, backends, place, at, chosen, time.monotonic() - started)
+    try:
+        _check_explained(package)
+    except PackageError:
+        loaded.close()
+        raise
+    return loaded
 
 
 def models_of(package: ModelPackage) -> tuple[Model, ...]:
@@ -214,7 +221,7 @@ def _model(package: ModelPackage, name: str) -> Model:
         outputs=entry.outputs,
         graphs=_Graphs(package, paths),
         digests={precision: files[path].sha256 for precision, path in paths.items()},
-        tolerance=dict(entry.tolerance),
+        tolerance={str(precision): allowed for precision, allowed in entry.tolerance.items()},
         shapes={i: array.shape[1:] for i, array in cases.items() if array is not None},
     )
 
