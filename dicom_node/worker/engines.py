@@ -186,6 +186,7 @@ def load_engine(
     task = packages.load_task(folder)
     if task.missing_libraries:
         raise PackageError(f"not available: install {', '.join(task.missing_libraries)}")
+    _import_libraries(task.task)
     if candidate is None:
         package = packages.active_package(task, root, require_signature=require_signature)
     else:
@@ -202,6 +203,15 @@ def load_engine(
         loaded.close()
         raise
     return loaded
+
+
+def _import_libraries(task: Task) -> None:
+    """Now, so that the first study is as fast as the tenth."""
+    for name in task.libraries:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise PackageError(f"not available: {name} is installed and cannot be loaded") from None
 
 
 def models_of(package: ModelPackage) -> tuple[Model, ...]:
