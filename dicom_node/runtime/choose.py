@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import TypeAlias
 
 from dicom_node.errors import NodeError, PackageError
 from dicom_node.runtime import REFERENCE, Backend, Model, Place, Session
@@ -28,6 +29,9 @@ SECONDS = 0.7
 """For timing all accepted backends of one engine."""
 ROUNDS = (3, 31)
 """At least so many, whatever they take, or the median is no median; at most so many."""
+_Key: TypeAlias = tuple[str, str]
+"""Name and precision of a backend."""
+_REFERENCE: _Key = (REFERENCE, "fp32")
 _FAULTS = (
     NodeError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError,
     ImportError, OSError, MemoryError, BufferError, EOFError,
@@ -91,6 +95,7 @@ def choose(
     place: Place,
     excluded: Mapping[str, str] = MappingProxyType({}),
     at: Callable[[str], object] = lambda _: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Chosen:
     """Raises PackageError when the package has no complete golden cases, or the reference does not give its answers.
 
@@ -100,26 +105,22 @@ def choose(
     engine = _engine(models, golden, explained, judge)
     by_key = {(b.name, b.precision): b for b in backends}
     with _touching(at, REFERENCE):
-        reference = _reference(engine, by_key[REFERENCE, "fp32"], by_key, place)
-    accepted, tried = [reference], dict[tuple[str, str], Tried]()
+        reference = _reference(engine, by_key[_REFERENCE], by_key, place, clock)
+    accepted, tried = {_REFERENCE: reference}, dict[_Key, Tried]()
     for key, backend in by_key.items():
-        if backend is reference.backend:
-            continue
-        found = _try(engine, backend, by_key, place, reference, excluded, at)
-        if isinstance(found, Tried):
-            tried[key] = found
-        else:
-            accepted.append(found)
-    times = _times(engine, accepted, at, tried)
+        if key != _REFERENCE:
+            found = _try(engine, backend, by_key, place, reference, excluded, at, clock)
+            if isinstance(found, Tried):
+                tried[key] = found
+            else:
+                accepted[key] = found
+    times, failed = _race(engine, accepted, at, clock)
     best = _fastest(times, list(by_key))
-    for opened in accepted:
-        key = _key(opened)
-        if key in times:
-            tried[key] = _line(opened, times[key])
+    for key, opened in accepted.items():
+        tried[key] = _line(opened, times.get(key, []), failed.get(key, ""))
         if key != best:
             _close(opened.sessions)
-    chosen = next(opened for opened in accepted if _key(opened) == best)
-    return Chosen(MappingProxyType(dict(chosen.sessions)), *best, tuple(tried[key] for key in by_key))
+    return Chosen(MappingProxyType(dict(accepted[best].sessions)), *best, tuple(tried[key] for key in by_key))
 
 
 def replay(chosen: Chosen, models: Sequence[Model], golden: Arrays, explained: str, judge: Judge) -> str:
@@ -150,9 +151,15 @@ def _engine(models: Sequence[Model], golden: Arrays, explained: str, judge: Judg
     return _Engine(tuple(models), cases, explained, judge)
 
 
-def _reference(engine: _Engine, backend: Backend, backends: Mapping[tuple[str, str], Backend], place: Place) -> _Opened:
+def _reference(
+    engine: _Engine,
+    backend: Backend,
+    backends: Mapping[_Key, Backend],
+    place: Place,
+    clock: Callable[[], float],
+) -> _Opened:
     try:
-        return _open(engine, backend, backends, place, None)
+        return _open(engine, backend, backends, place, None, clock)
     except PackageError:
         raise
     except NodeError as e:
@@ -162,11 +169,12 @@ def _reference(engine: _Engine, backend: Backend, backends: Mapping[tuple[str, s
 def _try(
     engine: _Engine,
     backend: Backend,
-    backends: Mapping[tuple[str, str], Backend],
+    backends: Mapping[_Key, Backend],
     place: Place,
     reference: _Opened,
     excluded: Mapping[str, str],
     at: Callable[[str], object],
+    clock: Callable[[], float],
 ) -> _Opened | Tried:
     line = Tried(backend.name, backend.precision, "", "refused", "")
     if backend.name in excluded:
@@ -177,7 +185,7 @@ def _try(
             if missing:
                 return replace(line, status="not here", reason=missing)
             line = replace(line, version=backend.version())
-            return _open(engine, backend, backends, place, reference)
+            return _open(engine, backend, backends, place, reference, clock)
     except _FAULTS as e:
         return replace(line, reason=_words(e))
 
@@ -185,22 +193,23 @@ def _try(
 def _open(
     engine: _Engine,
     backend: Backend,
-    backends: Mapping[tuple[str, str], Backend],
+    backends: Mapping[_Key, Backend],
     place: Place,
     reference: _Opened | None,
+    clock: Callable[[], float],
 ) -> _Opened:
     """Load every model and hold it to the truth. Raises what backends raise; what was loaded until then is closed."""
     sessions, answers, lines = dict[str, Guarded](), dict[str, Arrays](), list[Accepted]()
     used = {model.name: _at_precision(model, backend, backends) for model in engine.models}
     if all(at.precision != backend.precision for at in used.values()):
         raise PackageError(f"the package has no graph at {backend.precision}")
-    started = time.perf_counter()
+    started = clock()
     try:
         for model in engine.models:
             cases = engine.cases[model.name]
             session = used[model.name].open(model, place)
             sessions[model.name] = Guarded(session, model, cases.shapes(cases.outputs), bound(model, place))
-        load_seconds = time.perf_counter() - started
+        load_seconds = clock() - started
         for model in engine.models:
             session, cases = sessions[model.name], engine.cases[model.name]
             found = answers_of(session, cases)
@@ -216,7 +225,7 @@ def _open(
     return _Opened(backend, backend.version(), sessions, answers, tuple(lines), load_seconds)
 
 
-def _at_precision(model: Model, backend: Backend, backends: Mapping[tuple[str, str], Backend]) -> Backend:
+def _at_precision(model: Model, backend: Backend, backends: Mapping[_Key, Backend]) -> Backend:
     """A model without a graph at this precision (a table of radiomics needs none) runs at fp32 on the same backend."""
     for candidate in (backend, backends.get((backend.name, "fp32"))):
         if candidate is not None and candidate.precision in model.graphs and candidate.precision in model.tolerance:
@@ -232,45 +241,48 @@ def _judged(engine: _Engine, found: Arrays, truth: Arrays, tolerance: float) -> 
 # -- the race
 
 
-def _times(
-    engine: _Engine, accepted: list[_Opened], at: Callable[[str], object], tried: dict[tuple[str, str], Tried]
-) -> dict[tuple[str, str], float]:
-    """Median milliseconds of each, rounds interleaved: what disturbs one round disturbs all. One that fails is out."""
-    taken: dict[tuple[str, str], list[float]] = {_key(opened): [] for opened in accepted}
-    until = time.perf_counter() + SECONDS
+def _race(
+    engine: _Engine, accepted: Mapping[_Key, _Opened], at: Callable[[str], object], clock: Callable[[], float]
+) -> tuple[dict[_Key, list[float]], dict[_Key, str]]:
+    """Seconds of each in each round, and why one is out. Rounds are interleaved, every second one backwards: what
+    disturbs one disturbs all."""
+    seconds: dict[_Key, list[float]] = {key: [] for key in accepted}
+    failed: dict[_Key, str] = {}
+    until = clock() + SECONDS
     for number in range(ROUNDS[1]):
-        if number >= ROUNDS[0] and time.perf_counter() > until:
+        if number >= ROUNDS[0] and clock() > until:
             break
-        for opened in accepted:
-            key = _key(opened)
-            if key not in taken:
-                continue
+        for key in list(seconds)[:: -1 if number % 2 else 1]:
             try:
-                with _touching(at, opened.backend.name):
-                    taken[key].append(_round(engine, opened))
+                with _touching(at, key[0]):
+                    seconds[key].append(_round(engine, accepted[key].sessions, clock))
             except _FAULTS as e:
-                if opened is accepted[0]:
+                if key == _REFERENCE:
                     raise PackageError(f"the reference failed: {_words(e)}") from None
-                del taken[key]
-                tried[key] = replace(_line(opened, 0.0), status="refused", reason=_words(e))
-    return {key: 1000 * statistics.median(seconds) for key, seconds in taken.items()}
+                del seconds[key]
+                failed[key] = _words(e)
+    return seconds, failed
 
 
-def _round(engine: _Engine, opened: _Opened) -> float:
-    inputs = [(opened.sessions[model.name], engine.cases[model.name].first()) for model in engine.models]
-    started = time.perf_counter()
-    for session, first in inputs:
+def _round(engine: _Engine, sessions: Mapping[str, Session], clock: Callable[[], float]) -> float:
+    work = [(sessions[model.name], engine.cases[model.name].first()) for model in engine.models]
+    started = clock()
+    for session, first in work:
         session.run(first)
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def _fastest(times: Mapping[tuple[str, str], float], order: Sequence[tuple[str, str]]) -> tuple[str, str]:
+def _fastest(seconds: Mapping[_Key, list[float]], order: Sequence[_Key]) -> _Key:
     """The fastest; of those as good as it the first in order; the reference unless another is clearly faster."""
-    reference = (REFERENCE, "fp32")
-    faster = {key: ms for key, ms in times.items() if key != reference and ms * CLEARLY <= times[reference]}
-    if not faster:
-        return reference
-    return next(key for key in order if key in faster and faster[key] <= CLEARLY * min(faster.values()))
+    gains = {
+        key: statistics.median(r / max(s, 1e-9) for r, s in zip(seconds[_REFERENCE], own, strict=True))
+        for key, own in seconds.items()
+        if key != _REFERENCE
+    }
+    best = max(gains.values(), default=0.0)
+    if best < CLEARLY:
+        return _REFERENCE
+    return next(key for key in order if gains.get(key, 0.0) >= max(CLEARLY, best / CLEARLY))
 
 
 # -- small things
@@ -285,14 +297,10 @@ def _touching(at: Callable[[str], object], name: str) -> Iterator[None]:
         at("")
 
 
-def _key(opened: _Opened) -> tuple[str, str]:
-    return opened.backend.name, opened.backend.precision
-
-
-def _line(opened: _Opened, milliseconds: float) -> Tried:
+def _line(opened: _Opened, seconds: Sequence[float], failure: str) -> Tried:
     return Tried(
-        *_key(opened), opened.version, "accepted", "", opened.lines,
-        round(opened.load_seconds, 3), round(milliseconds, 3),
+        opened.backend.name, opened.backend.precision, opened.version, "refused" if failure else "accepted", failure,
+        opened.lines, round(opened.load_seconds, 3), round(1000 * statistics.median(seconds or [0.0]), 3),
     )  # fmt: skip
 
 

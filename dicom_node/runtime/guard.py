@@ -8,7 +8,6 @@ latter is a backend dropped. Computes nothing, retries nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,12 +42,10 @@ class Guarded:
         """Raises WorkerError for what the engine gave, BackendError for what the backend did with it."""
         count = self._count(inputs)
         if count <= self._bound:
-            return self._checked(inputs, count)
-        # Equal parts: 20 become 10 and 10, not 16 and 4; a backend that compiles for a batch compiles once.
-        step = math.ceil(count / math.ceil(count / self._bound))
+            return self._checked(inputs)
         parts = [
-            self._checked({name: array[at : at + step] for name, array in inputs.items()}, min(step, count - at))
-            for at in range(0, count, step)
+            self._checked({name: array[at : at + self._bound] for name, array in inputs.items()})
+            for at in range(0, count, self._bound)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
 
@@ -70,7 +67,8 @@ class Guarded:
             raise WorkerError(f"model {self._model.name} was given {given or 'nothing'}; it takes {wanted}")
         return counts.pop()
 
-    def _checked(self, inputs: Arrays, count: int) -> dict[str, NDArray[Any]]:
+    def _checked(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        count = len(next(iter(inputs.values())))
         answers = self._session.run({name: np.ascontiguousarray(array) for name, array in inputs.items()})
         for name, shape in self._outputs.items():
             found = answers.get(name)
