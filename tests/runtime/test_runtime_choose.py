@@ -96,6 +96,12 @@ def test_as_fast_as_the_reference_is_not_enough() -> None:
     assert chosen(told("even", seconds=SLOW), reference()).backend == "onnx"
 
 
+def test_a_backend_that_the_configuration_names_serves_although_the_reference_is_faster() -> None:
+    slower = told("slower", seconds=3 * SLOW)
+    assert chosen(slower, reference(), named=True).backend == "slower"
+    assert chosen(told("liar", answer=off(0.05)), reference(), named=True).backend == "onnx"
+
+
 def test_one_disturbed_round_changes_nothing() -> None:
     """Half a second of another process's work, in the reference's second round."""
     calls = iter(range(1000))
