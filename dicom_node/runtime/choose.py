@@ -204,7 +204,7 @@ def _open(trial: _Trial, backend: Backend, reference: _Opened | None) -> _Opened
         for model in trial.models:
             shapes = Cases.shapes(trial.cases[model.name].outputs)
             session = used[model.name].open(model, trial.place)
-            sessions[model.name] = Guarded(session, model, shapes, bound(model, trial.place))
+            sessions[model.name] = Guarded(session, model, shapes, bound(model, trial.place, backend.name))
         seconds = trial.clock() - started
         for model in trial.models:
             truth = None if reference is None else reference.answers[model.name]

@@ -50,8 +50,8 @@ class OpenVinoSession:
         _check(model.name, "outputs", graph.outputs, model.outputs)
         self._shapes, self._outputs = dict(model.shapes), model.outputs
         try:
-            # Shapes that are open cost a search for each layer of each run: 5 to 10 % here, a third of a NASNet's time.
-            # So a batch of one, what most studies are, has a compiled graph of its own, where that is not too large.
+            # Open shapes cost a search for each layer of each run, which a network of many small layers feels. So a
+            # batch of one, what most studies are, has a compiled graph of its own, where that is not too large.
             self._any = self._one = _request(ov, graph, place.threads)
             if len(data) <= TWICE_BYTES:
                 graph.reshape({name: [1, *shape] for name, shape in self._shapes.items()})
