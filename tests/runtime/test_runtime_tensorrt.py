@@ -392,7 +392,10 @@ def test_full_tensorrt_takes_hopper_and_refuses_volta() -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (ModuleNotFoundError("no"), "TensorRT is not installed: install 10.16"),
+        (
+            ModuleNotFoundError("no"),
+            "TensorRT is not installed: install dicom-node[tensorrt], which needs NVIDIA's package index",
+        ),
         (ImportError("libnvinfer.so.11: cannot open shared object file"), "its libraries cannot be loaded"),
         (OSError("libcudart"), "its libraries cannot be loaded"),
     ],
@@ -413,6 +416,14 @@ def test_an_old_library_and_missing_cuda_bindings_are_named() -> None:
         "tensorrt_rtx", "fp32", find_module=lambda _: site.library, find_cuda=raising(ImportError("cuda"))
     )
     assert "cuda-bindings is not installed" in missing(backend)
+
+
+def test_without_a_gpu_the_library_is_not_even_loaded() -> None:
+    """It takes a hundred megabytes of a worker that has no use for it."""
+    backend = TensorRtBackend(
+        "tensorrt_rtx", "fp32", find_module=raising(AssertionError("loaded")), find_cuda=lambda: FakeCuda(names=())
+    )
+    assert "finds no GPU" in missing(backend)
 
 
 def test_on_this_machine_something_is_missing_or_nothing() -> None:

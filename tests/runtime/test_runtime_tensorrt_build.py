@@ -44,7 +44,7 @@ def backend(precision: str = "fp32", **how: Any) -> TensorRtBackend:
     return TensorRtBackend("tensorrt_rtx", precision, settings=Settings(targets=TARGETS), **how)
 
 
-@pytest.mark.parametrize(("folder", "name", "precision"), models())
+@pytest.mark.parametrize(("folder", "name", "precision"), list(models()))
 def test_a_plan_is_built_for_every_shipped_graph(folder: Path, name: str, precision: str) -> None:
     model = shipped(folder, name)
     built = backend(precision).build(model, Place())
@@ -138,7 +138,7 @@ def test_every_operator_that_the_parser_refuses_is_named() -> None:
 
 def test_bytes_that_are_no_graph() -> None:
     for data in (b"", b"\xff" * 100):
-        with pytest.raises(BackendError, match="net: TensorRT refuses"):
+        with pytest.raises((BackendError, PackageError), match=r"net: (TensorRT refuses|its inputs are ;)"):
             backend().build(model_of(data), Place())
 
 
