@@ -17,9 +17,8 @@ from typing import Any
 
 from dicom_node.errors import BackendError, PackageError
 from dicom_node.runtime import Model, Place
+from dicom_node.runtime.guard import bound
 
-VECTORS, IMAGES, VOLUMES = 1024, 16, 4
-"""Largest batch of a plan by the spatial dimensions of its inputs: none or one, two, three."""
 LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, MemoryError, AttributeError)
 """What the bindings raise: pybind11 turns a null pointer into a TypeError, an exception of C++ into a RuntimeError."""
 _MAX_TEXT = 160
@@ -86,8 +85,7 @@ class Built:
 def batches_of(model: Model, place: Place) -> Batches:
     """The profile: 1/4/16 for images, 1/1/4 for volumes, 1/16/1024 for plain vectors; the largest is the place's."""
     spatial = max((len(shape) - 1 for shape in model.shapes.values()), default=0)
-    best, most = (16, VECTORS) if spatial < 2 else (4, IMAGES) if spatial == 2 else (1, VOLUMES)
-    most = max(1, place.max_batch.get(model.name, most))
+    best, most = 16 if spatial < 2 else 4 if spatial == 2 else 1, bound(model, place)
     return Batches(1, min(best, most), most)
 
 
@@ -116,6 +114,11 @@ def shorten(text: str) -> str:
     """What a library said, fit for a log: one line, no path."""
     plain = "".join(c if c.isprintable() else " " for c in _PLACE.sub("", text))
     return plain if len(plain) <= _MAX_TEXT else f"{plain[: _MAX_TEXT - 1]}…"
+
+
+def kind_of(e: BaseException) -> str:
+    """Of what a library raised; a name that it lacks tells which version it is."""
+    return f"no {e.name}" if isinstance(e, AttributeError) and e.name else type(e).__name__
 
 
 def build_widest(
@@ -167,7 +170,7 @@ def build(
         del parser  # not sooner: the network's weights are the parser's
         return Built(bytes(plan), batches, inputs, outputs, learnt, time.monotonic() - started)
     except LIBRARY_ERRORS as e:
-        raise BackendError(f"model {model.name}: TensorRT failed ({type(e).__name__}): {logger.said()}") from None
+        raise BackendError(f"model {model.name}: TensorRT failed ({kind_of(e)}): {logger.said()}") from None
 
 
 def _creation_flags(trt: Any) -> int:
@@ -221,7 +224,7 @@ def _profile(builder: Any, network: Any, model: Model, batches: Batches) -> tupl
     if fixed:  # exported for one batch: it keeps that
         if len(fixed) > 1 or any(shape[0] == -1 for shape in shapes.values()):
             raise PackageError(f"model {model.name}: its inputs do not have one batch")
-        batch = fixed.pop()
+        (batch,) = fixed
         batches = Batches(batch, batch, batch)
     for index in range(network.num_outputs):
         tensor = network.get_output(index)
