@@ -48,7 +48,8 @@ class Cases:
     outputs: Arrays
     count: int
 
-    def shapes(self, arrays: Arrays) -> dict[str, tuple[int, ...]]:
+    @staticmethod
+    def shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
         """Without the batch axis."""
         return {name: array.shape[1:] for name, array in arrays.items()}
 

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -54,6 +54,8 @@ class Tried:
     load_seconds: float = 0.0
     milliseconds: float = 0.0
     """All models once, on one golden case each: median."""
+    notes: tuple[str, ...] = ()
+    """What an operator should know although it serves: a plan that was not what it should be, and was built again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +69,27 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
-class _Engine:
-    """What every backend is asked the same about."""
+class _Trial:
+    """What every backend is asked the same about, and where."""
 
     models: tuple[Model, ...]
     cases: Mapping[str, Cases]
     explained: str
     judge: Judge
+    backends: Mapping[_Key, Backend] = field(default_factory=dict)
+    place: Place = field(default_factory=Place)
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    at: Callable[[str], object] = lambda _: None
+    clock: Callable[[], float] = time.perf_counter
+
+    @contextmanager
+    def touching(self, name: str) -> Iterator[None]:
+        """While code of a backend may take the process with it."""
+        self.at(name)
+        try:
+            yield
+        finally:
+            self.at("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +122,19 @@ def choose(
     `named`: the backends are those that `infer.runtime` names: one that is accepted serves, also if the reference is
     faster.
     """
-    engine = _engine(models, golden, explained, judge)
+    cases = _cases(models, golden, explained)
     by_key = {(b.name, b.precision): b for b in backends}
-    with _touching(at, REFERENCE):
-        reference = _reference(engine, by_key[_REFERENCE], by_key, place, clock)
-    accepted, tried = {_REFERENCE: reference}, dict[_Key, Tried]()
+    trial = _Trial(tuple(models), cases, explained, judge, by_key, place, excluded, at, clock)
+    accepted = {_REFERENCE: _reference(trial)}
+    tried: dict[_Key, Tried] = {}
     for key, backend in by_key.items():
         if key != _REFERENCE:
-            found = _try(engine, backend, by_key, place, reference, excluded, at, clock)
+            found = _try(trial, backend, accepted[_REFERENCE])
             if isinstance(found, Tried):
                 tried[key] = found
             else:
                 accepted[key] = found
-    times, failed = _race(engine, accepted, at, clock)
+    times, failed = _race(trial, accepted)
     best = _fastest(times, list(by_key), enough=0.0 if named else CLEARLY)
     for key, opened in accepted.items():
         tried[key] = _line(opened, times.get(key, []), failed.get(key, ""))
@@ -129,14 +145,11 @@ def choose(
 
 def replay(chosen: Chosen, models: Sequence[Model], golden: Arrays, explained: str, judge: Judge) -> str:
     """Why the sessions in use no longer give the golden answers; "" = they do."""
-    engine = _engine(models, golden, explained, judge)
+    trial = _Trial(tuple(models), _cases(models, golden, explained), explained, judge)
     try:
-        for model in engine.models:
-            session, cases = chosen.sessions[model.name], engine.cases[model.name]
-            found = answers_of(session, cases)
-            hold(session, cases, found, model.tolerance[session.precision])
-            if model.name == explained:
-                _judged(engine, found, cases.outputs, model.tolerance[session.precision])
+        for model in models:
+            session = chosen.sessions[model.name]
+            _held(trial, model, session, model.tolerance[session.precision], None)
     except _FAULTS as e:
         return _words(e)
     return ""
@@ -145,88 +158,77 @@ def replay(chosen: Chosen, models: Sequence[Model], golden: Arrays, explained: s
 # -- one backend
 
 
-def _engine(models: Sequence[Model], golden: Arrays, explained: str, judge: Judge) -> _Engine:
+def _cases(models: Sequence[Model], golden: Arrays, explained: str) -> dict[str, Cases]:
     cases = {model.name: cases_of(model.name, golden, model.outputs) for model in models}
     for model in models:
         if cases[model.name].inputs.keys() != set(model.inputs):
             raise PackageError(f"golden replay of {model.name}: golden.npz holds other inputs than the manifest")
     if explained not in cases:
         raise PackageError(f"the package has no model {explained}, which is the one explained")
-    return _Engine(tuple(models), cases, explained, judge)
+    return cases
 
 
-def _reference(
-    engine: _Engine,
-    backend: Backend,
-    backends: Mapping[_Key, Backend],
-    place: Place,
-    clock: Callable[[], float],
-) -> _Opened:
+def _reference(trial: _Trial) -> _Opened:
     try:
-        return _open(engine, backend, backends, place, None, clock)
+        with trial.touching(REFERENCE):
+            return _open(trial, trial.backends[_REFERENCE], None)
     except PackageError:
         raise
-    except NodeError as e:
-        raise PackageError(f"the reference failed: {e}") from None
+    except _FAULTS as e:
+        raise PackageError(f"the reference failed: {_words(e)}") from None
 
 
-def _try(
-    engine: _Engine,
-    backend: Backend,
-    backends: Mapping[_Key, Backend],
-    place: Place,
-    reference: _Opened,
-    excluded: Mapping[str, str],
-    at: Callable[[str], object],
-    clock: Callable[[], float],
-) -> _Opened | Tried:
+def _try(trial: _Trial, backend: Backend, reference: _Opened) -> _Opened | Tried:
     line = Tried(backend.name, backend.precision, "", "refused", "")
-    if backend.name in excluded:
-        return replace(line, status="excluded", reason=excluded[backend.name])
+    if backend.name in trial.excluded:
+        return replace(line, status="excluded", reason=trial.excluded[backend.name])
     try:
-        with _touching(at, backend.name):
+        with trial.touching(backend.name):
             missing = backend.missing()
             if missing:
                 return replace(line, status="not here", reason=missing)
             line = replace(line, version=backend.version())
-            return _open(engine, backend, backends, place, reference, clock)
+            return _open(trial, backend, reference)
     except _FAULTS as e:
         return replace(line, reason=_words(e))
 
 
-def _open(
-    engine: _Engine,
-    backend: Backend,
-    backends: Mapping[_Key, Backend],
-    place: Place,
-    reference: _Opened | None,
-    clock: Callable[[], float],
-) -> _Opened:
+def _open(trial: _Trial, backend: Backend, reference: _Opened | None) -> _Opened:
     """Load every model and hold it to the truth. Raises what backends raise; what was loaded until then is closed."""
-    sessions, answers, lines = dict[str, Guarded](), dict[str, Arrays](), list[Accepted]()
-    used = {model.name: _at_precision(model, backend, backends) for model in engine.models}
-    if all(at.precision != backend.precision for at in used.values()):
+    used = {model.name: _at_precision(model, backend, trial.backends) for model in trial.models}
+    if all(one.precision != backend.precision for one in used.values()):
         raise PackageError(f"the package has no graph at {backend.precision}")
-    started = clock()
+    sessions, answers, lines = dict[str, Guarded](), dict[str, Arrays](), list[Accepted]()
+    started = trial.clock()
     try:
-        for model in engine.models:
-            cases = engine.cases[model.name]
-            session = used[model.name].open(model, place)
-            sessions[model.name] = Guarded(session, model, cases.shapes(cases.outputs), bound(model, place))
-        load_seconds = clock() - started
-        for model in engine.models:
-            session, cases = sessions[model.name], engine.cases[model.name]
-            found = answers_of(session, cases)
+        for model in trial.models:
+            shapes = Cases.shapes(trial.cases[model.name].outputs)
+            session = used[model.name].open(model, trial.place)
+            sessions[model.name] = Guarded(session, model, shapes, bound(model, trial.place, backend.name))
+        seconds = trial.clock() - started
+        for model in trial.models:
             truth = None if reference is None else reference.answers[model.name]
             tolerance = model.tolerance[used[model.name].precision]
-            lines.append(hold(session, cases, found, tolerance, truth))
-            if model.name == engine.explained:
-                _judged(engine, found, cases.outputs if truth is None else truth, tolerance)
-            answers[model.name] = found
+            line, answers[model.name] = _held(trial, model, sessions[model.name], tolerance, truth)
+            lines.append(line)
     except BaseException:
         _close(sessions)
         raise
-    return _Opened(backend, backend.version(), sessions, answers, tuple(lines), load_seconds)
+    return _Opened(backend, backend.version(), sessions, answers, tuple(lines), seconds)
+
+
+def _held(
+    trial: _Trial, model: Model, session: Session, tolerance: float, truth: Arrays | None
+) -> tuple[Accepted, Arrays]:
+    """One model against golden.npz and the reference, decisions included. Raises PackageError."""
+    cases = trial.cases[model.name]
+    found = answers_of(session, cases)
+    line = hold(session, cases, found, tolerance, truth)
+    if model.name == trial.explained:
+        expected = cases.outputs if truth is None else truth
+        if not same_verdicts(trial.judge(found), trial.judge(expected), tolerance):
+            raise PackageError(f"golden replay of {model.name} on {session.backend}: decides otherwise on a case")
+    return line, found
 
 
 def _at_precision(model: Model, backend: Backend, backends: Mapping[_Key, Backend]) -> Backend:
@@ -237,43 +239,38 @@ def _at_precision(model: Model, backend: Backend, backends: Mapping[_Key, Backen
     raise PackageError(f"model {model.name} has no graph and tolerance at {backend.precision}")
 
 
-def _judged(engine: _Engine, found: Arrays, truth: Arrays, tolerance: float) -> None:
-    if not same_verdicts(engine.judge(found), engine.judge(truth), tolerance):
-        raise PackageError(f"golden replay of {engine.explained}: decides otherwise on a golden case")
-
-
 # -- the race
 
 
-def _race(
-    engine: _Engine, accepted: Mapping[_Key, _Opened], at: Callable[[str], object], clock: Callable[[], float]
-) -> tuple[dict[_Key, list[float]], dict[_Key, str]]:
+def _race(trial: _Trial, accepted: Mapping[_Key, _Opened]) -> tuple[dict[_Key, list[float]], dict[_Key, str]]:
     """Seconds of each in each round, and why one is out. Rounds are interleaved, every second one backwards: what
     disturbs one disturbs all."""
     seconds: dict[_Key, list[float]] = {key: [] for key in accepted}
     failed: dict[_Key, str] = {}
-    until = clock() + SECONDS
+    until = trial.clock() + SECONDS
     for number in range(ROUNDS[1]):
-        if number >= ROUNDS[0] and clock() > until:
+        if number >= ROUNDS[0] and trial.clock() > until:
             break
         for key in list(seconds)[:: -1 if number % 2 else 1]:
             try:
-                with _touching(at, key[0]):
-                    seconds[key].append(_round(engine, accepted[key].sessions, clock))
+                with trial.touching(key[0]):
+                    seconds[key].append(_round(trial, accepted[key].sessions))
             except _FAULTS as e:
                 if key == _REFERENCE:
+                    for opened in accepted.values():
+                        _close(opened.sessions)
                     raise PackageError(f"the reference failed: {_words(e)}") from None
                 del seconds[key]
                 failed[key] = _words(e)
     return seconds, failed
 
 
-def _round(engine: _Engine, sessions: Mapping[str, Session], clock: Callable[[], float]) -> float:
-    work = [(sessions[model.name], engine.cases[model.name].first()) for model in engine.models]
-    started = clock()
+def _round(trial: _Trial, sessions: Mapping[str, Session]) -> float:
+    work = [(sessions[model.name], trial.cases[model.name].first()) for model in trial.models]
+    started = trial.clock()
     for session, first in work:
         session.run(first)
-    return clock() - started
+    return trial.clock() - started
 
 
 def _fastest(seconds: Mapping[_Key, list[float]], order: Sequence[_Key], enough: float = CLEARLY) -> _Key:
@@ -292,19 +289,11 @@ def _fastest(seconds: Mapping[_Key, list[float]], order: Sequence[_Key], enough:
 # -- small things
 
 
-@contextmanager
-def _touching(at: Callable[[str], object], name: str) -> Iterator[None]:
-    at(name)
-    try:
-        yield
-    finally:
-        at("")
-
-
 def _line(opened: _Opened, seconds: Sequence[float], failure: str) -> Tried:
     return Tried(
         opened.backend.name, opened.backend.precision, opened.version, "refused" if failure else "accepted", failure,
         opened.lines, round(opened.load_seconds, 3), round(1000 * statistics.median(seconds or [0.0]), 3),
+        tuple(note for session in opened.sessions.values() for note in session.notes),
     )  # fmt: skip
 
 

@@ -26,9 +26,13 @@ from dicom_node.runtime.graph import check
 _TALKS = "openvino.tools.ovc"
 """The converter of other formats. Importing it reports the import to a web service; the package goes on without it."""
 
+TWICE_BYTES = 64 << 20
+"""A larger graph is compiled once: its weights would lie in memory twice, and its layers have more to do than to look
+up shapes."""
+
 
 class OpenVinoSession:
-    """One compiled graph and its one request."""
+    """A graph, compiled for any batch and for a batch of one."""
 
     backend = "openvino"
     precision = "fp32"
@@ -44,12 +48,16 @@ class OpenVinoSession:
             raise PackageError(f"model {model.name}: OpenVINO refuses the graph ({type(e).__name__})") from None
         _check(model.name, "inputs", graph.inputs, model.inputs)
         _check(model.name, "outputs", graph.outputs, model.outputs)
+        self._shapes, self._outputs = dict(model.shapes), model.outputs
         try:
-            self._compiled = ov.Core().compile_model(graph, "CPU", _options(place.threads))
-            self._request = self._compiled.create_infer_request()
+            # Open shapes cost a search for each layer of each run, which a network of many small layers feels. So a
+            # batch of one, what most studies are, has a compiled graph of its own, where that is not too large.
+            self._any = self._one = _request(ov, graph, place.threads)
+            if len(data) <= TWICE_BYTES:
+                graph.reshape({name: [1, *shape] for name, shape in self._shapes.items()})
+                self._one = _request(ov, graph, place.threads)
         except _errors() as e:
             raise BackendError(f"model {model.name}: OpenVINO cannot compile the graph ({type(e).__name__})") from None
-        self._shapes, self._outputs = dict(model.shapes), model.outputs
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Raises BackendError."""
@@ -62,14 +70,15 @@ class OpenVinoSession:
             raise BackendError(f"OpenVINO: these are not the inputs of the graph: {given or 'nothing'}")
         try:
             # Both ways copied: what the request holds is overwritten by the next run.
-            self._request.infer(dict(inputs), share_inputs=False, share_outputs=False)
-            return {name: np.array(self._request.get_tensor(name).data, copy=True) for name in self._outputs}
+            request = self._one if all(len(array) == 1 for array in inputs.values()) else self._any
+            request.infer(dict(inputs), share_inputs=False, share_outputs=False)
+            return {name: np.array(request.get_tensor(name).data, copy=True) for name in self._outputs}
         except _errors() as e:
             raise BackendError(f"OpenVINO: {type(e).__name__} on {given}") from None
 
     def close(self) -> None:
         """OpenVINO frees a request and a compiled graph with their last reference."""
-        del self._request, self._compiled
+        del self._one, self._any
 
 
 class OpenVinoBackend:
@@ -98,7 +107,8 @@ class OpenVinoBackend:
 
 def _openvino() -> ModuleType:
     """The package, loaded without the part that reports to its maker. Raises BackendError."""
-    sys.modules.setdefault(_TALKS, None)  # type: ignore[arg-type]  None makes an import fail, and openvino allows for it
+    # None makes its import fail, and openvino allows for that.
+    sys.modules.setdefault(_TALKS, None)  # type: ignore[arg-type]
     try:
         import openvino
     except (ImportError, OSError, RuntimeError, AttributeError) as e:  # a broken install shows in several ways
@@ -107,6 +117,10 @@ def _openvino() -> ModuleType:
         if sys.modules.get(_TALKS) is None:
             sys.modules.pop(_TALKS, None)
     return openvino
+
+
+def _request(ov: ModuleType, graph: Any, threads: int) -> Any:
+    return ov.Core().compile_model(graph, "CPU", _options(threads)).create_infer_request()
 
 
 def _options(threads: int) -> dict[str, Any]:

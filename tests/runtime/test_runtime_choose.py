@@ -96,6 +96,12 @@ def test_as_fast_as_the_reference_is_not_enough() -> None:
     assert chosen(told("even", seconds=SLOW), reference()).backend == "onnx"
 
 
+def test_a_backend_that_the_configuration_names_serves_although_the_reference_is_faster() -> None:
+    slower = told("slower", seconds=3 * SLOW)
+    assert chosen(slower, reference(), named=True).backend == "slower"
+    assert chosen(told("liar", answer=off(0.05)), reference(), named=True).backend == "onnx"
+
+
 def test_one_disturbed_round_changes_nothing() -> None:
     """Half a second of another process's work, in the reference's second round."""
     calls = iter(range(1000))
@@ -163,7 +169,7 @@ def test_another_decision_within_the_tolerance_is_refused() -> None:
         return tuple(("HIGH" if z[0] - z[1] >= margin - 5e-5 else "LOW",) for z in outputs["logits"].astype(float))
 
     found = chosen(told("flips", answer=off([-1e-4, 0])), reference(), judge=near)
-    assert line(found, "flips").reason == "golden replay of classifier: decides otherwise on a golden case"
+    assert line(found, "flips").reason == "golden replay of classifier on flips: decides otherwise on a case"
     assert chosen(told("holds", answer=off([1e-4, 0])), reference(), judge=near).backend == "holds"
 
 
@@ -242,6 +248,12 @@ def test_the_caller_knows_which_backend_is_being_touched_when_the_process_dies()
     assert (set(said), said[-1], found.backend) == ({"onnx", "fast", ""}, "", "fast")
 
 
+def test_what_a_backend_notes_while_it_loads_is_told() -> None:
+    noting = told("noting")
+    noting.notes = ("plan cache: a plan was refused and is built again",)
+    assert line(chosen(noting, reference()), "noting").notes == noting.notes
+
+
 # -- precision
 
 
@@ -309,6 +321,20 @@ def test_golden_answers_on_which_the_reference_decides_otherwise_are_refused() -
     calls = iter(range(10))
     with pytest.raises(PackageError, match="decides otherwise"):
         chosen(reference(), judge=lambda outputs: tuple((next(calls),) for _ in outputs["logits"]))
+
+
+def test_a_reference_that_fails_after_its_acceptance_leaves_nothing_open() -> None:
+    calls = iter(range(1000))
+
+    def tires(inputs: Any) -> Any:
+        if next(calls) > 4:
+            raise MemoryError
+        return truth(inputs)
+
+    fast, slow = told("fast"), reference(answer=tires)
+    with pytest.raises(PackageError, match="the reference failed: failed with MemoryError"):
+        chosen(fast, slow)
+    assert (fast.open_now, slow.open_now) == (0, 0)
 
 
 # -- drift

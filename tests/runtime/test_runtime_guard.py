@@ -13,6 +13,7 @@ from dicom_node.errors import BackendError, WorkerError
 from dicom_node.runtime import Place
 from dicom_node.runtime.fake import FakeSession
 from dicom_node.runtime.guard import Guarded, bound
+from dicom_node.runtime.tensorrt_build import batches_of
 
 SHAPES = {"logits": (2,), "features": (3, 4, 4)}
 
@@ -27,15 +28,31 @@ def guarded(answer: Any = truth, limit: int = 16) -> tuple[Guarded, FakeSession]
 
 
 @pytest.mark.parametrize(
-    ("shape", "expected"), [((77,), 1024), ((1, 224, 224), 16), ((1, 16, 112, 112), 4), ((5, 16, 64, 64), 4)]
+    ("shape", "backend", "expected"),
+    [
+        ((77,), "openvino", 1024),
+        ((77,), "onnx", 1024),
+        ((1, 224, 224), "tensorrt", 16),
+        ((1, 224, 224), "onnx", 4),
+        ((1, 16, 112, 112), "cuda", 4),
+        ((5, 16, 64, 64), "onnx", 4),
+    ],
 )
-def test_the_bound_follows_the_dimensions_unless_the_place_says_otherwise(
-    shape: tuple[int, ...], expected: int
+def test_the_bound_follows_dimensions_and_backend_unless_the_place_says_otherwise(
+    shape: tuple[int, ...], backend: str, expected: int
 ) -> None:
     model = tiny_model(shapes={"x": shape})
-    assert bound(model, Place()) == expected
-    assert bound(model, Place(max_batch={"classifier": 7})) == 7
-    assert bound(model, Place(max_batch={"classifier": 0, "locator": 3})) == 1
+    assert bound(model, Place(), backend) == expected
+    assert bound(model, Place(max_batch={"classifier": 7}), backend) == 7
+    assert bound(model, Place(max_batch={"classifier": 0, "locator": 3}), backend) == 1
+
+
+def test_the_largest_batch_of_a_plan_is_the_largest_that_a_session_is_given() -> None:
+    """Else a plan would refuse what the guard lets through."""
+    for shape in ((77,), (1, 224, 224), (1, 16, 112, 112)):
+        for place in (Place(), Place(max_batch={"classifier": 3})):
+            model = tiny_model(shapes={"x": shape})
+            assert bound(model, place, "tensorrt") == batches_of(model, place).most
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,22 @@ def test_runs_the_graph_at_any_batch() -> None:
             np.testing.assert_allclose(array, expected, atol=1e-6)
 
 
+def test_a_large_graph_lies_in_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dicom_node.runtime.openvino.TWICE_BYTES", 100)
+    kept = session()
+    assert kept._one is kept._any
+    x = np.ones((1, 1, 4, 4), np.float32)
+    np.testing.assert_allclose(kept.run({"x": x})["logits"], tiny_engine.answers(x)[0], atol=1e-6)
+
+
 def test_single_precision_and_the_given_threads_whatever_the_processor_offers() -> None:
     """The default is bfloat16 where the processor has it: faster, and wrong in the third digit."""
     kept = session(thyroid(), threads=2)
-    said = kept._compiled.get_property
-    assert said("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
-    assert (said("INFERENCE_NUM_THREADS"), said("NUM_STREAMS"), said("ENABLE_CPU_PINNING")) == (2, 1, False)
+    assert kept._one is not kept._any
+    for request in (kept._one, kept._any):
+        said = request.get_compiled_model().get_property
+        assert said("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+        assert (said("INFERENCE_NUM_THREADS"), said("NUM_STREAMS"), said("ENABLE_CPU_PINNING")) == (2, 1, False)
 
 
 def test_answers_stay_when_the_session_runs_again() -> None:

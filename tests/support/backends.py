@@ -44,6 +44,7 @@ class ToldBackend:
         self.name, self.precision, self._missing, self._answer = name, precision, missing, answer
         self._pause, self._opening = partial(pause, seconds), opening
         self.open_now, self.opened = 0, 0
+        self.notes: tuple[str, ...] = ()
 
     def missing(self) -> str:
         return self._missing
@@ -60,7 +61,7 @@ class ToldBackend:
 
 class _ToldSession:
     def __init__(self, owner: ToldBackend, answer: Answer, pause: Callable[[], object]) -> None:
-        self.backend, self.precision = owner.name, owner.precision
+        self.backend, self.precision, self.notes = owner.name, owner.precision, owner.notes
         self._owner, self._answer, self._pause = owner, answer, pause
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
