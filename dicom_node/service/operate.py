@@ -224,6 +224,8 @@ def _table_lines(kept: Answer | None) -> list[str]:
     """The acceptance table of the last time a worker had the engine."""
     if kept is None:
         return []
+    if kept["error"]:
+        return [f"  refused {_clock(kept['at'])}: {kept['error']}"]
     about = f"{kept['backend']} {kept['precision']} ({kept['library']}), package {kept['version']}"
     return [f"  last accepted {_clock(kept['at'])} on {about}", *_tried_lines(kept["tried"])]
 
@@ -235,6 +237,7 @@ def _tried_lines(tried: list[Answer]) -> list[str]:
         name = f"{t['backend']} {t['precision']}"
         cost = f"{t['milliseconds']:.1f} ms, loaded in {t['load_seconds']:.1f} s" if t["milliseconds"] else ""
         lines.append(f"    {name:<19}{t['status']:<10}{t['reason'] or cost}")
+        lines += [f"      {note}" for note in t["notes"]]
         for line in t["lines"]:
             said = f"{line['cases']} golden cases, worst {line['worst']:.1e} of {line['tolerance']:.1e} allowed: ok"
             lines.append(f"      {line['model']:<17}{said}")

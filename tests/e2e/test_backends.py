@@ -62,8 +62,12 @@ def on_openvino(make_node: Any, pacs: Any, tmp_path: Path, **infer: Any) -> tupl
 def base_interpreter() -> str:
     """Outside the virtual environment, so that its packages are found through the links alone."""
     python: str = getattr(sys, "_base_executable", sys.executable)
-    done = subprocess.run([python, "-S", "-c", "import sys; print(sys.version_info[:2])"], capture_output=True, text=True)
-    found = subprocess.run([python, "-P", "-c", "import openvino"], capture_output=True, env={"PATH": os.environ["PATH"]})
+    done = subprocess.run(
+        [python, "-S", "-c", "import sys; print(sys.version_info[:2])"], capture_output=True, text=True
+    )
+    found = subprocess.run(
+        [python, "-P", "-c", "import openvino"], capture_output=True, env={"PATH": os.environ["PATH"]}
+    )
     if done.stdout.strip() != str(tuple(sys.version_info[:2])) or found.returncode == 0:
         pytest.skip("needs an interpreter of this version without OpenVINO of its own")
     return python
@@ -180,7 +184,7 @@ def test_the_fastest_accepted_backend_of_every_engine_serves_and_is_named(make_n
         clearly = accepted["onnx"] / accepted["openvino"]
         if not 0.95 < clearly < 1.3:  # in between, the median of the pairs may say otherwise than the medians
             assert kept["backend"] == ("openvino" if clearly > 1 else "onnx"), (task, accepted)
-        assert [t["reason"] for t in kept["tried"] if t["backend"] == "cuda"][0]
+        assert next(t["reason"] for t in kept["tried"] if t["backend"] == "cuda")
     assert answer["backend"] == listed["renal_ceus"]["backend"]
     text = node.cli("engines", "list").stdout
     assert "tensorrt: not executed by us" in text and "golden cases, worst" in text
