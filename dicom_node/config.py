@@ -219,6 +219,8 @@ class Infer(_Section):
     max_attempts: int = Field(3, ge=1)
     workers_per_device: int = Field(1, ge=1, le=16)
     memory_gb: float = Field(8, gt=0)
+    replay_minutes: float = Field(60, ge=0)
+    """Between two replays of the golden cases in an idle worker; 0 = never."""
 
 
 class Capture(_Section):

@@ -168,7 +168,10 @@ def _promises(unit: UnitPrediction, selected: set[str], package: ModelPackage) -
 
 def ood_distance(unit: UnitPrediction, package: ModelPackage) -> float:
     """Mean over the maps of the squared Mahalanobis distance of the spatially averaged features (`OodSpec`)."""
-    maps = unit.feature_maps
+    return _distance(unit.feature_maps, package)
+
+
+def _distance(maps: Array, package: ModelPackage) -> float:
     centred = maps.reshape(*maps.shape[:2], -1).mean(axis=2, dtype=np.float64) - package.ood_mean
     return float(np.einsum("ni,ij,nj->n", centred, package.ood_precision, centred).mean())
 
@@ -197,6 +200,25 @@ def category(p: float, task: Task, decision: Decision) -> Code:
     if band.lower <= p <= band.upper:
         return code(task.categories.indeterminate)
     return code(task.categories.high if p >= decision.threshold else task.categories.low)
+
+
+def judge(task: Task, package: ModelPackage, outputs: Mapping[str, Array]) -> tuple[tuple[object, ...], ...]:
+    """What the node would say of each golden case of the explained model, as `runtime.accept.Judge`.
+
+    OUT_OF_DISTRIBUTION alone, or category and probability of the image. Fusion is left out: golden cases hold no
+    clinical values, and it is a smooth function of the same log-odds.
+    """
+    logits, maps = outputs.get("logits"), outputs.get("features")
+    if logits is None or logits.ndim != 2:
+        return ()  # a map alone: its own tolerance is all that can be asked
+    said: list[tuple[object, ...]] = []
+    for n, row in enumerate(logits):
+        if maps is not None and not _distance(maps[n : n + 1], package) <= package.manifest.ood.limit:
+            said.append((str(RefusalCode.OUT_OF_DISTRIBUTION),))
+            continue
+        p = probability(row, package.manifest)
+        said.append((category(p, task, package.manifest.decision).value, round(p, 4)))
+    return tuple(said)
 
 
 # -- explanation

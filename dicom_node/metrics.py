@@ -117,9 +117,34 @@ CATALOGUE: dict[str, Metric] = {
         _gauge("jobs_waiting", "Jobs that are ready or running.", "stage"),
         _gauge("jobs_dead", "Jobs that need a person (dicom-node retry).", "stage"),
         _counter("worker_restarts", "Worker processes that ended and were started again, by reason.", "reason"),
+        _gauge("engine_accepted", "1 = the engine gave its golden answers on this machine and runs.", "engine"),
         _gauge(
-            "engine_accepted", "1 = the engine passed its golden test on this machine and runs.", "engine", "backend"
+            "engine_backend",
+            "1 = a worker runs the engine on this backend now; 0 = none does any longer.",
+            "engine",
+            "backend",
+            "precision",
         ),
+        _gauge(
+            "engine_first_choice",
+            "1 = the engine runs on the backend that infer.runtime names; 0 = on another. Absent with runtime: auto.",
+            "engine",
+        ),
+        _gauge(
+            "engine_acceptance_ratio",
+            "Largest difference from the golden answers over its tolerance, of an accepted backend.",
+            "engine",
+            "backend",
+            "precision",
+        ),
+        _counter(
+            "backend_changes",
+            "Times an engine left a backend: crash, deadline, answer, drift, missing, refused, slower or package.",
+            "engine",
+            "backend",
+            "reason",
+        ),
+        _counter("golden_replays", "Golden replays of engines that serve: held or drifted.", "engine", "outcome"),
         _counter(
             "package_switches",
             "Orders to use another model package: activated, rolled_back, or refused (the one in use stays).",

@@ -12,151 +12,26 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import tiny_engine
 from pydicom.dataset import FileDataset, FileMetaDataset
+from worker_bench import ENGINE, Bench, Job, route
 
-from dicom_node.config import Config, Engines, Indication, Infer, Route, Store
-from dicom_node.config_phases import Rules
+from dicom_node.config import Config, Engines, Store
 from dicom_node.errors import NodeStoppingError, WorkerError
 from dicom_node.log import Log
 from dicom_node.metrics import Metrics
 from dicom_node.result import ClinicalInput, Code, result_from_json
 from dicom_node.study import Header, Instance, Study
-from dicom_node.worker import Reply, WorkerClient
+from dicom_node.worker import WorkerClient
 from dicom_node.worker.child import visible
 from dicom_node.worker.wire import EndedError, GarbageError, Wire
 
 REPOSITORY = Path(__file__).parent.parent
-
-# An engine that does what the Series Description of its only image asks for.
-ENGINE = """
-import ctypes, json, os, sys, time
-import numpy as np
-from dicom_node.engine import Prediction, Selection, UnitPrediction
-from dicom_node.result import FrameRef, Refusal, RefusalCode
-
-def select(study, clinical, site):
-    first = study.instances[0]
-    if first.header.text("SeriesDescription") == "refuse":
-        return Refusal(RefusalCode.ROI_REQUIRED, "no region")
-    if first.header.text("SeriesDescription") == "nothing":
-        return None
-    said = {k: str(v.value) for k, v in clinical.items()}
-    return Selection((first,), "R", parameters=said | {"arterial": str(site.phases.windows["arterial"])})
-
-def _forge(outcome):
-    line = json.dumps({"kind": "done", "id": 1, **outcome}).encode() + b"\\n"
-    os.write(int(sys.argv[sys.argv.index("--fd") + 1]), line)
-    time.sleep(60)
-
-def predict(selection, pixels, run):
-    clip = selection.instances[0]
-    mode = clip.header.text("SeriesDescription")
-    x = np.full((2, 1, 4, 4), 0.5, np.float32)
-    region, notes = (0, 0, 7, 7), {}
-    if mode == "abort":
-        os.abort()
-    elif mode == "exit":
-        sys.exit(3)
-    elif mode == "hang":
-        ctypes.PyDLL(None).sleep(600)  # with the interpreter lock held, as a native decoder would
-    elif mode == "memory":
-        np.ones(8 << 30, np.uint8)
-    elif mode == "raise":
-        raise RuntimeError("DOE^JANE was here")
-    elif mode == "shape":
-        x = x[:, :, :2]
-    elif mode == "model":
-        run("other", {"x": x})
-    elif mode == "decode":
-        list(pixels.frames(clip))
-    elif mode == "none":
-        return {"units": []}
-    elif mode == "print":
-        print("DOE^JANE")
-    elif mode == "modules":
-        notes = {"modules": " ".join(sorted(sys.modules))}
-    elif mode == "numpy":
-        region = tuple(np.int64(v) for v in region)
-    elif mode == "traversal":
-        _forge({"outcome": "RESULT", "result": json.load(open(selection.parameters["forged"]))})
-    elif mode == "garbage":
-        _forge({"outcome": "ALL IS WELL"})
-    elif mode == "flood":
-        channel = int(sys.argv[sys.argv.index("--fd") + 1])
-        while True:
-            os.write(channel, b"x" * 65536)
-    out = run("classifier", {"x": x})
-    logits = out["logits"].mean(axis=0)
-    if mode == "nan":
-        logits = logits * np.nan
-    refs = tuple(FrameRef("1.2", clip.sop_instance_uid, n, 2) for n in (1, 2))
-    frames = np.zeros((2, 8, 8), np.uint8)
-    return Prediction((UnitPrediction("Lesion 1", logits, out["features"], frames, refs, region),), notes)
-"""
-
-
-@dataclass
-class Job:
-    """What the infer stage would claim."""
-
-    id: int = 1
-    payload: dict[str, Any] = field(default_factory=dict)
-
-
-def study(mode: str = "ok", path: Path = Path("absent.dcm")) -> Study:
-    header = Header.from_json(
-        {"StudyInstanceUID": "1.2.3", "SeriesInstanceUID": "1.2.4", "SOPInstanceUID": "1.2.5", "SOPClassUID": "1.2",
-         "Modality": "US", "SeriesDescription": mode}
-    )  # fmt: skip
-    return Study.from_instances("1.2.3", 1, [Instance("0" * 32, header, "", "a" * 64, path, "", "", "", "", 0.0)])
-
-
-def route(engine: str = "tiny") -> Route:
-    return Route(name="tiny-route", when={"modality": "US"}, indication=Indication(any=({"roi": True},)), engine=engine)
-
-
-@dataclass
-class Lines:
-    """A log that keeps its lines."""
-
-    said: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-
-    def info(self, event: str, **fields: Any) -> None:
-        self.said.append((event, fields))
-
-    error = warning = debug = info
-
-    def of(self, event: str) -> list[dict[str, Any]]:
-        return [fields for name, fields in self.said if name == event]
-
-
-class Bench:
-    """A worker with its folder, its counts and its log."""
-
-    def __init__(self, folder: Path, tasks: tuple[str, ...] = ("tiny",), **infer: Any) -> None:
-        self.root, self.metrics, self.log = folder / "root", Metrics(), Lines()
-        config = Config(
-            engines=Engines(path=(folder / "engines",)),
-            store=Store(root=self.root),
-            infer=Infer(**{"memory_gb": 2} | infer),
-            phases=Rules(windows={"arterial": (18, 45)}),
-        )
-        self.client = WorkerClient(config, tasks, self.log, self.metrics)  # type: ignore[arg-type]
-
-    def run(self, mode: str = "ok", *, timeout: float = 30, engine: str = "tiny", **how: Any) -> Reply:
-        previous, clinical = how.pop("previous", None), how.pop("clinical", ())
-        return self.client.run(Job(), route(engine), study(mode, **how), previous, clinical, timeout=timeout)
-
-    def restarts(self, reason: str) -> float:
-        return self.metrics.value("dicom_node_worker_restarts_total", reason=reason)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +53,7 @@ def test_ready_tells_the_package_and_the_acceptance_table(bench: Bench) -> None:
     assert (told["error"], told["version"], told["intended_use"]) == ("", "1", "demonstration")
     (line,) = told["accepted"]
     assert (line["model"], line["backend"], line["cases"], line["tolerance"]) == ("classifier", "onnx", 3, 1e-3)
-    assert bench.metrics.value("dicom_node_engine_accepted", engine="tiny", backend="onnx") == 1
+    assert bench.metrics.value("dicom_node_engine_accepted", engine="tiny") == 1
     assert bench.client.is_ready
 
 
@@ -284,7 +159,7 @@ def test_an_engine_that_is_not_loaded_is_not_available(bench: Bench) -> None:
     ("mode", "said"),
     [
         ("nan", "Lesion 1: the logits hold NaN"),
-        ("shape", "ONNX Runtime"),
+        ("shape", "it takes x float32"),
         ("model", "no model 'other'"),
         ("raise", "RuntimeError at engine.py:"),
         ("exit", "SystemExit at engine.py:"),
@@ -381,7 +256,7 @@ def failing_tasks(engines: Path) -> dict[str, str]:
     tiny_engine.write_task(engines, "import os; os.abort()", "poison")
     return {
         "tampered": "SHA-256 differs",
-        "drifted": "golden replay of classifier on onnx: off by",
+        "drifted": "golden replay of classifier on onnx: logits off by",
         "foreign": "head.npz is not the head of this graph",
         "needy": "not available: install no_such_library_here",
         "careless": "imports what is not installed: no_such_library_here",
@@ -401,7 +276,7 @@ def test_engines_that_cannot_be_loaded_are_named_and_the_others_serve(tmp_path: 
         for task, said in expected.items():
             assert said in told[task]["error"], task
             assert "DOE" not in told[task]["error"]
-            assert made.metrics.value("dicom_node_engine_accepted", engine=task, backend="onnx") == 0
+            assert made.metrics.value("dicom_node_engine_accepted", engine=task) == 0
         assert {line["engine"] for line in made.log.of("engine_refused")} == set(expected)
         assert made.run().outcome == "RESULT"
         refused = made.run(engine="drifted").refusal
@@ -411,13 +286,19 @@ def test_engines_that_cannot_be_loaded_are_named_and_the_others_serve(tmp_path: 
         made.client.close()
 
 
-def test_a_backend_this_version_does_not_run_is_not_silently_another(tmp_path: Path) -> None:
+def test_a_backend_that_is_not_here_leaves_the_reference_and_says_so(tmp_path: Path) -> None:
     tiny_engine.write_task(tmp_path / "engines", ENGINE)
-    made = Bench(tmp_path, runtime="tensorrt")
+    made = Bench(tmp_path, runtime="cuda")
     try:
-        assert made.client.ready(60)["tiny"]["error"] == "infer.runtime is tensorrt; this version runs onnx"
+        told = made.client.ready(60)["tiny"]
     finally:
         made.client.close()
+    if any(tried["backend"] == "cuda" and tried["status"] != "not here" for tried in told["tried"]):
+        pytest.skip("this machine has onnxruntime-gpu")
+    assert (told["error"], told["backend"], told["precision"]) == ("", "onnx", "fp32")
+    assert {t["reason"] != "" for t in told["tried"] if t["backend"] == "cuda"} == {True}
+    assert made.metrics.value("dicom_node_engine_first_choice", engine="tiny") == 0
+    assert made.metrics.value("dicom_node_engine_backend", engine="tiny", backend="onnx", precision="fp32") == 1
 
 
 def test_a_worker_that_cannot_start_says_so_and_is_not_ready(tmp_path: Path) -> None:
@@ -463,7 +344,7 @@ def test_close_in_the_middle_of_a_job_ends_it_without_a_fault(tmp_path: Path) ->
 PARENT = """
 import sys
 from pathlib import Path
-from test_worker import Bench
+from worker_bench import Bench
 made = Bench(Path(sys.argv[1]))
 made.client.ready(60)
 print(made.client.pid, flush=True)

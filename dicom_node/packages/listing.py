@@ -7,24 +7,25 @@ from typing import Any
 
 from dicom_node.config import Config
 from dicom_node.errors import PackageError
+from dicom_node.packages import acceptance
 from dicom_node.packages.install import history, installed
 from dicom_node.packages.load import active_package, find_tasks, load_task
 
-BACKENDS = {
-    "onnx": "the reference; accepted by golden replay when a worker starts",
-    "tensorrt": "not executed by us",
-}
+BACKENDS = ("tensorrt", "tensorrt_rtx", "cuda", "openvino", "onnx")
+NOT_EXECUTED = frozenset({"tensorrt", "tensorrt_rtx", "cuda"})
+"""By those who made this version: it says so until the machine it runs on has done it."""
 
 
 def engines_list(config: Config) -> list[dict[str, Any]]:
     """`dicom-node engines list --json`."""
-    return [_listed(folder, config) for _, folder in sorted(find_tasks(config.engines.path).items())]
+    said = acceptance.read(config.store.root)
+    return [_listed(folder, config, said) for _, folder in sorted(find_tasks(config.engines.path).items())]
 
 
-def _listed(folder: Path, config: Config) -> dict[str, Any]:
+def _listed(folder: Path, config: Config, said: dict[str, dict[str, Any]]) -> dict[str, Any]:
     told: dict[str, Any] = {
         "task": folder.name, "title": "", "available": False, "reason": "", "version": None, "digest": None,
-        "intended_use": None, "algorithm": None, "backends": {}, "metrics": {},
+        "intended_use": None, "algorithm": None, "backends": {}, "metrics": {}, "acceptance": None,
         "installed": list(installed(config.store.root, folder.name)),
         "history": list(history(config.store.root, folder.name)),
     }  # fmt: skip
@@ -44,6 +45,32 @@ def _listed(folder: Path, config: Config) -> dict[str, Any]:
     }
     if task.missing_libraries:
         return told | {"reason": f"not available: install {', '.join(task.missing_libraries)}"}
-    if config.infer.runtime not in ("auto", "onnx"):
-        return told | {"reason": f"infer.runtime is {config.infer.runtime}; this version runs onnx"}
-    return told | {"available": True, "backends": BACKENDS}
+    last = said.get(folder.name)
+    told |= {"acceptance": _acceptance(last), "backends": {name: _standing(name, last) for name in BACKENDS}}
+    if last is not None and last["error"]:
+        return told | {"reason": last["error"]}
+    return told | {"available": True}
+
+
+def _acceptance(last: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The table of the last time a worker had the engine; None where it never served."""
+    if last is None or last["error"]:
+        return None
+    kept = ("at", "version", "digest", "backend", "precision", "library", "tried")
+    return {key: last[key] for key in kept}
+
+
+def _standing(name: str, last: dict[str, Any] | None) -> str:
+    """One backend in a line, as a worker found it here."""
+    tried = [t for t in (last or {}).get("tried", []) if t["backend"] == name]
+    accepted = [t["precision"] for t in tried if t["status"] == "accepted"]
+    if last is not None and last.get("backend") == name:
+        return f"in use, {last['precision']} (accepted: {', '.join(accepted)})"
+    if accepted:
+        return f"accepted, {', '.join(accepted)}"
+    unknown = "not executed by us" if name in NOT_EXECUTED else "no worker has tried it yet"
+    if not tried:
+        return "the reference; accepted by golden replay when a worker starts" if name == "onnx" else unknown
+    reasons = "; ".join(dict.fromkeys(f"{t['status']}: {t['reason']}" for t in tried))
+    here = any(t["status"] != "not here" for t in tried)
+    return reasons if here or name not in NOT_EXECUTED else f"not executed by us; {reasons}"

@@ -13,6 +13,7 @@ from dicom_node.config import Config, Tls
 from dicom_node.pixels.decode import available_decoders
 from dicom_node.pixels.dynamic_model import ORDER
 from dicom_node.route import check_routes
+from dicom_node.runtime import backends
 from dicom_node.service.sources import check_sources
 
 NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "ceph", "glusterfs"})
@@ -24,7 +25,7 @@ def check(config: Config) -> tuple[dict[str, Any], int]:
     """The answer (docs/schemas/check) and the exit code: 0 = no warning and no error."""
     check_routes(config.routes, "config.yaml")
     found = [*_store(config), *_decoders(), *_tls(config), *_engines(config), *_clinical(config), *_phases(config)]
-    found += [*check_sources(config.clinical), *_unbuilt(config)]
+    found += [*_runtime(config), *check_sources(config.clinical), *_unbuilt(config)]
     ok = not any(level in ("warning", "error") for level, _, _ in found)
     findings = [{"level": level, "about": about, "text": text} for level, about, text in found]
     return {"ok": ok, "findings": findings}, 0 if ok else 1
@@ -100,6 +101,21 @@ def _withheld(config: Config, route: str, names: tuple[str, ...]) -> Iterator[Fi
             yield "warning", f"route {route}", text
 
 
+def _runtime(config: Config) -> Iterator[Finding]:
+    """Which backends can be tried here; a worker then holds each to the golden answers."""
+    named = config.infer.runtime
+    here: dict[str, bool] = {}
+    for backend in backends.known(named):
+        here[backend.name] = here.get(backend.name, False) or not (why := backend.missing())
+        if why and named != "auto":
+            yield "note", "infer.runtime", f"{backend.name} {backend.precision}: {why}"
+    usable = ", ".join(name for name, is_here in here.items() if is_here)
+    if named not in ("auto", "onnx") and not any(is_here for name, is_here in here.items() if name != "onnx"):
+        yield "warning", "infer.runtime", f"{named} is not on this machine: the reference, onnx, serves instead"
+    else:
+        yield "ok", "infer.runtime", f"{named}: can be tried here: {usable}"
+
+
 def _clinical(config: Config) -> Iterator[Finding]:
     """A route that asks for a value which no engine collects would wait for ever, and the sender look slow."""
     wanted = packages.wanted_of(config.engines.path)
@@ -123,8 +139,6 @@ def _phases(config: Config) -> Iterator[Finding]:
 
 def _unbuilt(config: Config) -> Iterator[Finding]:
     """Keys that this version reads and does not yet act on: said loudly, never ignored in silence."""
-    if config.infer.runtime not in ("auto", "onnx"):
-        yield "error", "infer.runtime", f"{config.infer.runtime} is not in this version: auto or onnx"
     for name, destination in config.deliver.destinations.items():
         if destination.commitment:
             yield "error", f"destination {name}", "storage commitment is not in this version: commitment: false"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dicom_node import packages
-from dicom_node.config import Config
+from dicom_node.config import Config, Infer
 from dicom_node.errors import NodeError, PackageError, UnknownTargetError, WorkerError
 from dicom_node.log import Log
 from dicom_node.metrics import NullRecorder, Recorder
@@ -199,6 +199,19 @@ def _digest(worker: WorkerClient, task: str) -> str | None:
     return digest
 
 
+# -- drift
+
+
+REPLAY_TURN = 30.0
+"""Seconds between two looks for an engine that is due; a turn replays one engine in one worker."""
+
+
+def replay_one(workers: list[WorkerClient], section: Infer) -> bool:
+    """Hold one engine that serves to its golden answers again, where one is due. True = there was one."""
+    older_than = section.replay_minutes * 60
+    return any(worker.replay(older_than, section.timeout_seconds) for worker in workers)
+
+
 # -- verify
 
 
@@ -224,12 +237,13 @@ def _candidates(config: Config, task: str) -> list[tuple[str, Path]]:
 def _verified(config: Config, load: Load, task: str, state: str, folder: Path) -> Answer:
     line: Answer = {
         "task": task, "version": folder.name if state in ("active", "installed") else None, "state": state,
-        "digest": None, "ok": False, "reason": "", "accepted": [],
+        "digest": None, "ok": False, "reason": "", "backend": None, "precision": None, "accepted": [], "tried": [],
     }  # fmt: skip
     try:
         package = files.check(folder, _keys(config))
         line |= {"version": package.manifest.version, "digest": package.digest}
-        line["accepted"] = _accepted(load, task, folder)["accepted"]
+        told = _accepted(load, task, folder)
+        line |= {key: told[key] for key in ("backend", "precision", "accepted", "tried")}
     except NodeError as e:
         return line | {"reason": str(e)}
     return line | {"ok": True}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ from dicom_node.clinical.stage import ClinicalStage
 from dicom_node.config import Config
 from dicom_node.deliver import DeliverStage
 from dicom_node.dimse.query import Finder
-from dicom_node.errors import WorkerError
+from dicom_node.errors import StoreError, WorkerError
 from dicom_node.infer import InferStage
 from dicom_node.log import make_log
 from dicom_node.metrics import Metrics
 from dicom_node.metrics_http import Health, serve
-from dicom_node.packages import task_of, wanted_of
+from dicom_node.packages import acceptance, task_of, wanted_of
 from dicom_node.pixels.decode import available_decoders
 from dicom_node.report.stage import ReportStage
 from dicom_node.route.complete import CompleteStage
@@ -45,11 +46,13 @@ from dicom_node.store import availability, jobs
 from dicom_node.store.files import Files, RootLock
 from dicom_node.store.index import IndexStage
 from dicom_node.store.ledger import Ledger, add_event
-from dicom_node.worker import WorkerClient
+from dicom_node.worker import Standing, WorkerClient
 
 ASSEMBLE_GRACE = 3.0
 """Seconds after start in which a listener may still tell which associations are open."""
 BEAT_LIMIT = 60.0
+LISTEN_FIRST = 5.0
+"""Seconds that the workers leave the processor to a listener that starts."""
 CRITICAL = ("index", "assemble", "route", "report", "upkeep")
 """Loops whose silence means the node is not alive. Not infer: a hung engine must not restart the receiver."""
 
@@ -77,6 +80,9 @@ class Node:
             on_loss=lambda reason: self.log.error("audit_lost", reason=reason),
         )
         self._trail = Trail(config, self.ledger, audit)
+        self._standing = Standing(
+            config.infer.runtime, self.log, self.metrics, changed=self._backend_changed, keep=self._keep_acceptance
+        )
         self._workers = self._make_workers()
         self._switch = models.Switch(config, self.ledger, self.log, self.metrics, self._workers)
         self._stages: list[DeliverStage] = []
@@ -94,7 +100,7 @@ class Node:
         section = self._config.infer
         tasks = tuple(sorted({route.engine for route in self._config.routes}))
         return [
-            WorkerClient(self._config, tasks, self.log.bind(worker=n), self.metrics)
+            WorkerClient(self._config, tasks, self.log.bind(worker=n), self.metrics, self._standing, number=n)
             for n in range(section.workers_per_device)
         ]
 
@@ -136,6 +142,9 @@ class Node:
                 metrics,
             )
             loops.append(StageLoop(f"infer:{number}", stage.run_once, log, metrics))
+        if config.infer.replay_minutes:
+            replaying = partial(models.replay_one, self._workers, config.infer)
+            loops.append(StageLoop("replay", replaying, log, metrics, idle_seconds=models.REPLAY_TURN))
         for name, destination in config.deliver.destinations.items():
             delivering = DeliverStage(
                 ledger,
@@ -224,6 +233,7 @@ class Node:
         now = time.monotonic()
         silent = [loop.name for loop in self._loops if loop.name in CRITICAL and now - loop.beat > BEAT_LIMIT]
         listening = self._listener is None or self.view.listening.is_set()
+        loading = sorted({task for worker in self._workers for task in worker.loading})
         loaded = all(worker.is_ready for worker in self._workers)
         missing = [name for name, plugin in available_decoders().items() if not plugin]
         refused = [
@@ -234,7 +244,7 @@ class Node:
         ]
         reasons = [f"the {name} loop is silent" for name in silent]
         reasons += [] if listening else ["the listener is not listening"]
-        reasons += [] if loaded else ["engines are loading"]
+        reasons += [] if loaded else [f"engines are loading: {', '.join(loading) or 'all'}"]
         reasons += [f"no decoder for {name}" for name in missing]
         reasons += [] if self._ledger_writable else ["the ledger cannot be written"]
         return Health(alive=not silent, ready=not reasons, reasons=(*reasons, *refused))
@@ -242,6 +252,8 @@ class Node:
     def _warm(self, worker: WorkerClient) -> None:
         """Load the engines now; a worker that cannot start says so in the log, and the next job tries again."""
         self._warming.add(worker)
+        if self._listener is not None:
+            self.view.listening.wait(LISTEN_FIRST)  # a sender waits for the listener, nobody yet for an engine
         try:
             worker.ready()
         except WorkerError as e:
@@ -262,7 +274,7 @@ class Node:
 
     def _wake_all(self) -> None:
         for loop in self._loops:
-            if loop.name not in ("index", "upkeep"):
+            if loop.name not in ("index", "upkeep", "replay"):
                 loop.wake()
 
     def _listener_event(self, message: Message) -> None:
@@ -270,6 +282,20 @@ class Node:
             add_event(tx, self.ledger.clock(), None, str(message["code"])[:48], str(message["text"])[:400])
         if message["code"] == "ASSOCIATION_REJECTED":
             self._trail.audit.association_rejected("", str(message.get("peer", "")), str(message["text"])[:400])
+
+    def _backend_changed(self, text: str) -> None:
+        """No study waits for this line: where the ledger cannot be written, the log and the metrics have said it."""
+        try:
+            with self.ledger.write() as tx:
+                add_event(tx, self.ledger.clock(), None, "BACKEND_CHANGED", text[:400])
+        except sa.exc.DBAPIError:
+            self.metrics.inc("dicom_node_ledger_errors_total")
+
+    def _keep_acceptance(self, engines: Mapping[str, Any]) -> None:
+        try:
+            acceptance.write(self._config.store.root, engines)
+        except StoreError as e:
+            self.log.warning("acceptance_not_kept", error=str(e))
 
     def _available(self, study_uid: str, sop_uids: list[str]) -> None:
         with self.ledger.write() as tx:

@@ -90,6 +90,8 @@ def explain_text(answer: Answer) -> str:
         lines += _clinical_lines(o["clinical"])
         if o["engine"] and o["package"]:
             lines.append(f"  engine {o['engine']}, package {o['package']}, digest {str(o['digest'])[:16]}…")
+        if o["backend"]:
+            lines.append(f"  backend {o['backend']}, {o['precision']}, accepted: {o['acceptance']}")
     lines += [_delivery_line(d) for d in answer["deliveries"]]
     lines += [_withdrawal_line(w) for w in answer["withdrawals"]]
     lines.append("what happened")
@@ -214,7 +216,29 @@ def engines_text(answer: list[Answer]) -> str:
             used = ", ".join(engine["history"][:1]) or "none, so the package that comes with the task"
             lines.append(f"  installed: {', '.join(engine['installed'])}; in use: {used}")
         lines += [f"  {backend}: {state}" for backend, state in engine["backends"].items()]
+        lines += _table_lines(engine["acceptance"])
     return "\n".join(lines) or "no task folder under engines.path"
+
+
+def _table_lines(kept: Answer | None) -> list[str]:
+    """The acceptance table of the last time a worker had the engine."""
+    if kept is None:
+        return []
+    about = f"{kept['backend']} {kept['precision']} ({kept['library']}), package {kept['version']}"
+    return [f"  last accepted {_clock(kept['at'])} on {about}", *_tried_lines(kept["tried"])]
+
+
+def _tried_lines(tried: list[Answer]) -> list[str]:
+    """Every backend, and every model on it."""
+    lines = []
+    for t in tried:
+        name = f"{t['backend']} {t['precision']}"
+        cost = f"{t['milliseconds']:.1f} ms, loaded in {t['load_seconds']:.1f} s" if t["milliseconds"] else ""
+        lines.append(f"    {name:<19}{t['status']:<10}{t['reason'] or cost}")
+        for line in t["lines"]:
+            said = f"{line['cases']} golden cases, worst {line['worst']:.1e} of {line['tolerance']:.1e} allowed: ok"
+            lines.append(f"      {line['model']:<17}{said}")
+    return lines
 
 
 def engines_install(config: Config, folder: Path) -> Answer:
@@ -253,7 +277,7 @@ def verify_text(answer: list[Answer]) -> str:
     for line in answer:
         about = f"{line['task']:<16}{line['version'] or '?':<18}{line['state']:<17}"
         lines.append(f"{about}{(line['digest'] or '')[:16]:<18}{'ok' if line['ok'] else 'REFUSED: ' + line['reason']}")
-        lines += [_acceptance(accepted) for accepted in line["accepted"]]
+        lines += _tried_lines(line["tried"])
     return "\n".join(lines) or "no package"
 
 

@@ -144,6 +144,7 @@ def _outcomes(tx: sa.Connection, study_uid: str) -> list[dict[str, Any]]:
             "engine": r["engine"] or None,
             "package": r["package"] or None,
             "digest": r["digest"] or None,
+            **_backend(r["output"]),
             "clinical": _clinical(r["output"]),
         }
         for r in rows
@@ -158,6 +159,16 @@ def _clinical(output: str) -> dict[str, Any] | None:
     keys = ("name", "laterality", "value", "unit", "time", "source")
     unused = said["provenance"]["parameters"].get("clinical values not used", "")
     return {"used": [{k: c[k] for k in keys} for c in said["clinical"]], "not_used": unused}
+
+
+def _backend(output: str) -> dict[str, str | None]:
+    """What a result was computed on, and how near that came to the golden answers."""
+    made = json.loads(output or "{}").get("provenance", {})
+    return {
+        "backend": made.get("backend") or None,
+        "precision": made.get("precision") or None,
+        "acceptance": made.get("parameters", {}).get("acceptance") or None,
+    }
 
 
 def _answers() -> sa.ColumnElement[bool]:

@@ -1,18 +1,13 @@
 """The parent's side: starts the child, hands it one job at a time, kills it at the deadline, starts it again.
 
-Runs in the stages process (and in `infer FOLDER`), decodes nothing and imports neither numpy nor a runtime. Whatever
-the child does, `run` ends: with its answer, or with WorkerError by the deadline.
+Runs in the stages process (and in `infer FOLDER`), decodes nothing and runs no model. Whatever the child does, `run`
+ends: with its answer, or with WorkerError by the deadline. A child that dies or hangs inside a backend's library costs
+that backend its place (`Standing`), and the next child does without it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -24,12 +19,12 @@ from dicom_node.config import Config, Route
 from dicom_node.errors import NodeStoppingError, WorkerError
 from dicom_node.log import Log
 from dicom_node.metrics import Metrics, Recorder
+from dicom_node.packages import acceptance
 from dicom_node.result import ClinicalInput, RefusalCode, result_from_json
 from dicom_node.study import Study, study_to_json
-from dicom_node.worker.wire import EndedError, GarbageError, Wire
+from dicom_node.worker.process import START_LIMIT, START_SECONDS, ChildProcess, LostError, cause
+from dicom_node.worker.standing import Standing
 
-START_SECONDS = 120.0
-"""For all engines: import, verify, load, replay the golden cases."""
 MAX_PAUSE = 10.0
 """Between starts that fail one after the other."""
 MAX_LOAD_CRASHES = 2
@@ -60,18 +55,21 @@ class JobLike(Protocol):
     def payload(self) -> dict[str, Any]: ...
 
 
-class _LostError(Exception):
-    """The child did not answer: why, in a word for the metric and in words for the operator."""
-
-    def __init__(self, reason: str, text: str) -> None:
-        self.reason, self.text = reason, text
-        super().__init__(text)
-
-
 class WorkerClient:
     """One child. Any thread may call; jobs are done one at a time."""
 
-    def __init__(self, config: Config, tasks: tuple[str, ...], log: Log, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tasks: tuple[str, ...],
+        log: Log,
+        recorder: Recorder,
+        standing: Standing | None = None,
+        *,
+        number: int = 0,
+        module: str = "dicom_node.worker",
+    ) -> None:
+        """`standing` is shared by the workers of a node, each with its `number`; `module` is what the child runs."""
         self._setup = {
             "root": str(config.store.root.absolute()),
             "engines": config.engines.model_dump(mode="json"),
@@ -79,12 +77,16 @@ class WorkerClient:
             "phases": config.phases.model_dump(mode="json"),
         }
         self._tasks, self._log, self._recorder = tasks, log, recorder
+        self._standing = standing or Standing(config.infer.runtime, log, recorder)
+        self._number, self._module = number, module
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._child: _Child | None = None
+        self._child: ChildProcess | None = None
         self._engines: dict[str, Any] = {}
+        self._proved: dict[str, float] = {}
         self._load_crashes: dict[str, str] = {}
         self._suspects: dict[str, int] = {}
+        self._one_by_one = False
         self._failed_starts = 0
         self._ready = False
 
@@ -93,6 +95,13 @@ class WorkerClient:
         """The child runs and its engines are loaded; after a crash not until `ready` or a job started another."""
         child = self._child
         return self._ready and child is not None and child.process.poll() is None
+
+    @property
+    def loading(self) -> tuple[str, ...]:
+        """Engines that are not loaded yet."""
+        child = self._child
+        through = set() if child is None else set(child.through)
+        return () if self.is_ready else tuple(task for task in self._tasks if task not in through)
 
     @property
     def pid(self) -> int | None:
@@ -147,9 +156,9 @@ class WorkerClient:
         with self._lock:
             child = self._ensure()
             try:
-                answer = child.ask(message, time.monotonic() + timeout, self._merge)
+                answer = child.ask(message, time.monotonic() + timeout, self._hear)
                 return _reply(answer, job.id)
-            except _LostError as e:
+            except LostError as e:
                 self._lose(child, e.reason, e.text)
                 raise WorkerError(e.text) from None
 
@@ -163,16 +172,42 @@ class WorkerClient:
         with self._lock:
             child = self._ensure()
             try:
-                told = _loaded(child.ask(message, time.monotonic() + START_SECONDS, self._merge))
-            except _LostError as e:
+                told = _loaded(child.ask(message, time.monotonic() + START_LIMIT, self._hear, step=START_SECONDS))
+            except LostError as e:
                 self._lose(child, e.reason, e.text)
                 raise WorkerError(f"while the package was loaded: {e.text}") from None
             if not told["error"]:
                 self._load_crashes.pop(task, None)
                 self._suspects.pop(task, None)
-                self._engines[task] = told
-                self._tell({task: told})
+                self._told({task: told})
         return told
+
+    def replay(self, older_than: float, timeout: float, *, patience: float = 5.0) -> bool:
+        """Have the engine replay its golden cases that gave their answers longest ago, if that is `older_than` seconds.
+
+        Between two jobs, and only in a child that runs. True = one did; a backend that drifted, died or hung over it is
+        dropped, and everybody told.
+        """
+        if not self._lock.acquire(timeout=patience):
+            return False
+        try:
+            child, now = self._child, time.monotonic()
+            task = min(self._proved, key=self._proved.__getitem__, default="")
+            if child is None or child.process.poll() is not None or not task or now - self._proved[task] < older_than:
+                return False
+            self._proved[task] = now
+            try:
+                answer = child.ask({"kind": "replay", "task": task}, now + timeout, self._hear)
+                drifted = _replayed(answer)
+            except LostError as e:
+                self._lose(child, e.reason, e.text)
+                return True
+            self._recorder.inc("dicom_node_golden_replays_total", engine=task, outcome="drifted" if drifted else "held")
+            return True
+        except NodeStoppingError:
+            return False
+        finally:
+            self._lock.release()
 
     def digest(self, task: str) -> str | None:
         """Of the package that serves a task, in a child that runs. Raises WorkerError, NodeStoppingError."""
@@ -193,60 +228,78 @@ class WorkerClient:
 
     # -- one child after the other
 
-    def _ensure(self) -> _Child:
+    def _ensure(self) -> ChildProcess:
         child = self._child
         if child is not None:
             code = child.process.poll()
             if code is None:
                 return child
-            self._lose(child, "crash", f"the idle worker ended ({_cause(code)})")
+            self._lose(child, "crash", f"the idle worker ended ({cause(code)})")
         if self._failed_starts:
             self._closing.wait(min(MAX_PAUSE, 0.2 * 2.0**self._failed_starts))
         if self._closing.is_set():
             raise NodeStoppingError
         return self._start()
 
-    def _start(self) -> _Child:
+    def _start(self) -> ChildProcess:
         tasks = [task for task in self._tasks if task not in self._load_crashes]
-        child = self._child = _Child()
-        loading: list[str] = []
+        setup = {"tasks": tasks, "excluded": self._standing.excluded(), "one_by_one": self._one_by_one}
+        child = self._child = ChildProcess(self._module)
         try:
             if self._closing.is_set():  # close() may have looked before there was a child
-                raise _LostError("stop", "the node is stopping")
-            engines = child.start(self._setup | {"tasks": tasks}, time.monotonic() + START_SECONDS, loading.append)
-        except _LostError as e:
+                raise LostError("stop", "the node is stopping")
+            engines = _checked(child.start(self._setup | setup))
+        except LostError as e:
             self._failed_starts += 1
-            self._suspect(loading[-1:], e.text)
+            self._suspect(child, e.text)
             self._lose(child, e.reason, e.text)
             raise WorkerError(f"the worker does not start: {e.text}") from None
-        self._failed_starts = 0
-        self._engines = engines | {task: {"error": text} for task, text in self._load_crashes.items()}
+        self._failed_starts, self._one_by_one = 0, False
+        self._suspects.clear()
+        self._engines.clear()
+        self._proved.clear()
         self._ready = True
-        self._tell(self._engines)
+        self._told(engines | {task: {"error": text} for task, text in self._load_crashes.items()})
         return child
 
-    def _suspect(self, tasks: list[str], text: str) -> None:
-        for task in tasks:
+    def _suspect(self, child: ChildProcess, text: str) -> None:
+        """Of several that were loaded side by side, the next start finds the guilty one. A backend comes first."""
+        self._one_by_one = True
+        for task in child.loading - child.inside().keys():
             self._suspects[task] = self._suspects.get(task, 0) + 1
-            if self._suspects[task] >= MAX_LOAD_CRASHES:
+            if self._suspects[task] >= MAX_LOAD_CRASHES and len(child.loading) == 1:
                 self._load_crashes[task] = f"left out until the next start of the node: while it was loaded, {text}"
 
-    def _tell(self, engines: Mapping[str, Any]) -> None:
-        for task, told in sorted(engines.items()):
-            self._recorder.set("dicom_node_engine_accepted", float(not told["error"]), engine=task, backend="onnx")
-            if told["error"]:
-                self._log.error("engine_refused", engine=task, error=told["error"])
-                continue
-            for line in told["accepted"]:
-                self._log.info("engine_accepted", engine=task, version=told["version"], digest=told["digest"], **line)
+    def _told(self, engines: dict[str, Any]) -> None:
+        self._engines |= engines
+        for task, told in engines.items():
+            self._proved.pop(task, None)
+            if not told["error"]:
+                self._proved[task] = time.monotonic()
+        self._standing.tell(self._number, engines)
 
-    def _lose(self, child: _Child, reason: str, text: str) -> None:
+    def _lose(self, child: ChildProcess, reason: str, text: str) -> None:
         child.end()
         self._child, self._ready = None, False
         if self._closing.is_set():
             raise NodeStoppingError
+        inside = child.inside()
+        if reason in ("crash", "deadline") and len(child.loading) <= 1:
+            for task, backend in inside.items():
+                self._standing.drop(task, backend, reason, text)
         self._recorder.inc("dicom_node_worker_restarts_total", reason=reason)
-        self._log.error("worker_ended", reason=reason, cause=text)
+        self._log.error("worker_ended", reason=reason, cause=text, inside=[f"{t}: {b}" for t, b in inside.items()])
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        """What the child says before its answer."""
+        if message["kind"] == "metrics":
+            self._merge(message.get("deltas"))
+            return
+        task, told = str(message.get("task")), _checked({"": message.get("engine")})[""]
+        if task not in self._engines:
+            raise LostError("protocol", "the worker speaks of an engine it was not given")
+        self._standing.drop(task, str(message.get("backend")), str(message.get("reason")), str(message.get("text")))
+        self._told({task: told})
 
     def _merge(self, deltas: Any) -> None:
         """The child's counts; without a registry (`infer FOLDER`) nobody asks for them."""
@@ -254,92 +307,35 @@ class WorkerClient:
             try:
                 self._recorder.merge(deltas)
             except (ValueError, TypeError):
-                raise _LostError("protocol", "the worker sent counts that are none") from None
+                raise LostError("protocol", "the worker sent counts that are none") from None
 
 
-class _Child:
-    """One process and the wire to it. Every failure is a _LostError."""
-
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        watched, self._lifeline = os.pipe()  # closes with this process, however it ends
-        package = str(Path(__file__).parent.parent.parent)
-        search = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
-        command = [sys.executable, "-P", "-m", "dicom_node.worker", "--fd", str(theirs.fileno())]
-        try:
-            self.process = subprocess.Popen(  # noqa: S603  our own interpreter, our own arguments
-                [*command, "--lifeline", str(watched)],
-                pass_fds=[theirs.fileno(), watched],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # an engine that prints must not reach ours
-                env=os.environ | {"PYTHONPATH": search},
-            )
-        except OSError as e:
-            ours.close()
-            os.close(self._lifeline)
-            raise WorkerError(f"the worker cannot be started ({e.strerror})") from None
-        finally:
-            theirs.close()
-            os.close(watched)
-        self._wire = Wire(ours)
-
-    def start(self, setup: Mapping[str, Any], deadline: float, loading: Any) -> dict[str, Any]:
-        """Send the setup; wait for `ready`."""
-        self._guard(lambda: self._wire.send(setup, deadline))
-        while True:
-            message = self._guard(lambda: self._wire.receive(deadline))
-            if message.get("kind") == "loading":
-                loading(str(message.get("task")))
-            elif message.get("kind") == "ready" and isinstance(message.get("engines"), dict):
-                return dict(message["engines"])
-            else:
-                raise _LostError("protocol", "the worker said something else than ready")
-
-    def ask(self, message: Mapping[str, Any], deadline: float, merge: Any) -> dict[str, Any]:
-        """One job; what comes before `done` is counted."""
-        self._guard(lambda: self._wire.send(message, deadline))
-        while True:
-            answer: dict[str, Any] = self._guard(lambda: self._wire.receive(deadline))
-            if answer.get("kind") != "metrics":
-                return answer
-            merge(answer.get("deltas"))
-
-    def _guard(self, work: Any) -> Any:
-        try:
-            return work()
-        except TimeoutError:
-            raise _LostError("deadline", "no answer by the deadline: the worker was killed") from None
-        except EndedError:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(1.0)  # a crash tells its signal
-            raise _LostError("crash", f"the worker process ended ({_cause(self.process.returncode)})") from None
-        except GarbageError as e:
-            raise _LostError("protocol", f"the worker: {e}") from None
-
-    def end(self) -> None:
-        """Kill, reap, close."""
-        self.process.kill()
-        self.process.wait()
-        self._wire.close()
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
+def _checked(engines: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return {str(task): acceptance.checked(told) for task, told in engines.items()}
+    except ValueError:
+        raise LostError("protocol", "what the worker says of its engines cannot be used") from None
 
 
 def _loaded(answer: Mapping[str, Any]) -> dict[str, Any]:
-    engine = answer.get("engine")
-    if answer.get("kind") != "loaded" or not isinstance(engine, dict) or not isinstance(engine.get("error"), str):
-        raise _LostError("protocol", "the worker said something else than loaded")
-    return engine
+    if answer.get("kind") != "loaded":
+        raise LostError("protocol", "the worker said something else than loaded")
+    return dict(_checked({"": answer.get("engine")})[""])
+
+
+def _replayed(answer: Mapping[str, Any]) -> bool:
+    if answer.get("kind") != "replayed" or not isinstance(answer.get("text"), str):
+        raise LostError("protocol", "the worker said something else than replayed")
+    return bool(answer["text"])
 
 
 def _reply(answer: Mapping[str, Any], job_id: int) -> Reply:
     body = {key: value for key, value in answer.items() if key not in ("kind", "id")}
     known = set(Reply.__dataclass_fields__)
     if answer.get("kind") != "done" or answer.get("id") != job_id or not body.keys() <= known:
-        raise _LostError("protocol", "the worker answered something else than this job")
+        raise LostError("protocol", "the worker answered something else than this job")
     if body.get("outcome") not in OUTCOMES or not _is_sound(body):
-        raise _LostError("protocol", "the worker gave an answer that cannot be used")
+        raise LostError("protocol", "the worker gave an answer that cannot be used")
     return Reply(**body)
 
 
@@ -354,13 +350,3 @@ def _is_sound(body: Mapping[str, Any]) -> bool:
     except (KeyError, TypeError, ValueError):
         return False
     return True
-
-
-def _cause(code: int | None) -> str:
-    if code is None:
-        return "it closed its end"
-    if code >= 0:
-        return f"exit code {code}"
-    with contextlib.suppress(ValueError):
-        return signal.Signals(-code).name
-    return f"signal {-code}"

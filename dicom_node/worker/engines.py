@@ -10,25 +10,29 @@ import importlib.util
 import inspect
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from numpy.typing import NDArray
-
 from dicom_node import decide, packages
-from dicom_node.engine import Engine, NoSuchModelError, Prediction, Selection, Site
+from dicom_node.engine import Engine, Prediction, Selection, Site
 from dicom_node.errors import PackageError, WorkerError
 from dicom_node.metrics import Recorder
 from dicom_node.packages import ModelPackage, Task
 from dicom_node.pixels.decode import PixelDecoder, PixelsUndecodableError
 from dicom_node.result import ClinicalInput, Refusal, Result
-from dicom_node.runtime import Session
-from dicom_node.runtime.accept import Accepted, accept, check_head
-from dicom_node.runtime.onnx import OnnxSession
+from dicom_node.runtime import Backend, Model, Place
+from dicom_node.runtime.accept import Judge, check_head
+from dicom_node.runtime.choose import Chosen, Tried, choose, replay
 from dicom_node.study import Study
+from dicom_node.worker.answers import Answers, At, Reference, is_reference, reference_of
+
+
+class FallenError(Exception):
+    """The backend failed where the reference does not: nothing of this run may be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +42,12 @@ class Loaded:
     task: Task
     package: ModelPackage
     engine: Engine
-    sessions: Mapping[str, Session]
-    accepted: tuple[Accepted, ...]
+    models: tuple[Model, ...]
+    backends: tuple[Backend, ...]
+    place: Place
+    at: At
+    chosen: Chosen
     seconds: float
-
-    def run_model(self, model: str, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
-        """`engine.RunModel`."""
-        session = self.sessions.get(model)
-        if session is None:
-            raise NoSuchModelError(f"the package has no model {str(model)[:32]!r}")
-        return session.run(inputs)
 
     def about(self) -> dict[str, Any]:
         """Said beside every answer: enough for the provenance of a refusal."""
@@ -60,9 +60,23 @@ class Loaded:
         }
 
     def told(self) -> dict[str, Any]:
-        """Said once, when the engine is ready: the acceptance table."""
-        table = [asdict(line) for line in self.accepted]
-        return {"error": "", **self.about(), "accepted": table, "seconds": round(self.seconds, 3)}
+        """Said when the engine is ready, and when its backend changed: the acceptance table."""
+        used = self._used()
+        return {
+            "error": "",
+            **self.about(),
+            "backend": used.backend,
+            "precision": used.precision,
+            "library": used.version,
+            "accepted": [asdict(line) for line in used.lines],
+            "tried": [asdict(tried) for tried in self.chosen.tried],
+            "seconds": round(self.seconds, 3),
+        }
+
+    @property
+    def on_reference(self) -> bool:
+        """There is nothing to fall back to."""
+        return (self.chosen.backend, self.chosen.precision) == _name(reference_of(self.backends))
 
     def select(self, study: Study, clinical: Mapping[str, ClinicalInput], site: Site) -> Selection | Refusal:
         """Headers only. Raises WorkerError when the answer is neither."""
@@ -78,34 +92,93 @@ class Loaded:
     def conclude(
         self, route: str, selection: Selection, clinical: Mapping[str, ClinicalInput], spool: Path, recorder: Recorder
     ) -> Result | Refusal:
-        """Pixels to Result, through the node's own gates."""
+        """Pixels to Result, through the node's own gates. Raises FallenError."""
         started = time.monotonic()
         pixels = PixelDecoder()
         try:
-            prediction = self.engine.predict(selection, pixels, self.run_model)
+            prediction = self._predict(selection, pixels)
         except PixelsUndecodableError as e:
             return e.refusal()
         if isinstance(prediction, Refusal):
             return prediction
         if not isinstance(prediction, Prediction):
             raise WorkerError("predict returned neither a refusal nor a prediction")
-        corrected = sorted({note for instance in selection.instances for note in pixels.notes(instance)})
-        if corrected:
-            prediction = replace(
-                prediction, parameters={**prediction.parameters, "pixel data corrected": ", ".join(corrected)}
-            )
-        session = self.sessions[self.package.manifest.explain.model]
+        added = {"acceptance": self._acceptance()}
+        if corrected := sorted({note for instance in selection.instances for note in pixels.notes(instance)}):
+            added["pixel data corrected"] = ", ".join(corrected)
+        prediction = replace(prediction, parameters={**prediction.parameters, **added})
         return decide.conclude(
             route, self.task, self.package, selection, prediction, clinical,
-            spool=spool, backend=session.backend, precision=session.precision,
+            spool=spool, backend=self.chosen.backend, precision=self.chosen.precision,
             seconds=time.monotonic() - started, recorder=recorder,
         )  # fmt: skip
 
+    def _predict(self, selection: Selection, pixels: PixelDecoder) -> object:
+        reference = Reference(reference_of(self.backends), self.models, self.package.golden, self.place)
+        run = Answers(self.chosen.sessions, reference, self.at)
+        try:
+            return self.engine.predict(selection, pixels, run)
+        finally:
+            if run.failed:  # whatever the engine made of it: a refusal, too, would be from a failed backend
+                raise FallenError(run.failed)
+
+    def drifted(self) -> str:
+        """Why the sessions in use no longer give the golden answers; "" = they do."""
+        self.at(self.chosen.backend)
+        try:
+            return replay(self.chosen, self.models, self.package.golden, self._explained, self._judge)
+        finally:
+            self.at("")
+
+    def on_next(self, excluded: Mapping[str, str]) -> Loaded:
+        """On the fastest backend left of those that were accepted. Raises PackageError where none is."""
+        self.close()
+        started = time.monotonic()
+        before = {(tried.backend, tried.precision): tried for tried in self.chosen.tried}
+        served = {tried.backend for tried in self.chosen.tried if tried.status == "accepted"}
+        left = [b for b in self.backends if is_reference(b) or b.name in served]
+        golden, explained = self.package.golden, self._explained
+        chosen = choose(self.models, golden, explained, self._judge, left, self.place, excluded, self.at)
+        after = before | {(tried.backend, tried.precision): tried for tried in chosen.tried}
+        seconds = time.monotonic() - started
+        return replace(self, chosen=replace(chosen, tried=tuple(after.values())), seconds=seconds)
+
+    def close(self) -> None:
+        """Free what the device holds."""
+        for session in self.chosen.sessions.values():
+            session.close()
+
+    def _used(self) -> Tried:
+        name = (self.chosen.backend, self.chosen.precision)
+        return next(tried for tried in self.chosen.tried if (tried.backend, tried.precision) == name)
+
+    def _acceptance(self) -> str:
+        """One line for the report."""
+        used = self._used()
+        lines = (f"{a.model} off by {a.worst:.1e} of {a.tolerance:.1e} allowed" for a in used.lines)
+        return f"{used.backend} {used.precision} ({used.version}): {', '.join(lines)}"
+
+    @property
+    def _explained(self) -> str:
+        return self.package.manifest.explain.model
+
+    @property
+    def _judge(self) -> Judge:
+        return partial(decide.judge, self.task, self.package)
+
 
 def load_engine(
-    folder: Path, root: Path, *, require_signature: bool, threads: int, candidate: Path | None = None
+    folder: Path,
+    root: Path,
+    backends: tuple[Backend, ...],
+    *,
+    require_signature: bool,
+    place: Place,
+    at: At,
+    candidate: Path | None = None,
+    excluded: Mapping[str, str] | None = None,
 ) -> Loaded:
-    """Task, package (the active one, or a candidate in a folder), code, sessions; every model replays its golden cases.
+    """Task, package (the active one, or a candidate in a folder), code, sessions on the fastest accepted backend.
 
     Raises PackageError naming the step.
     """
@@ -119,15 +192,61 @@ def load_engine(
         package = packages.package_for(task, candidate, root, require_signature=require_signature)
     packages.check_graphs(package)
     engine = cast(Engine, load_module(folder))
-    sessions: dict[str, Session] = {}
-    accepted = []
-    for name, entry in package.manifest.models.items():
-        graph = package.read(f"models/{name}/fp32.onnx")
-        session = OnnxSession(name, graph, entry.inputs, entry.outputs, threads=threads)
-        accepted.append(accept(name, session, package.golden, entry.tolerance["fp32"], entry.outputs))
-        sessions[name] = session
-    _check_explained(package)
-    return Loaded(task.task, package, engine, sessions, tuple(accepted), time.monotonic() - started)
+    models = models_of(package)
+    judge, explained = partial(decide.judge, task.task, package), package.manifest.explain.model
+    chosen = choose(models, package.golden, explained, judge, backends, place, excluded or {}, at)
+    loaded = Loaded(task.task, package, engine, models, backends, place, at, chosen, time.monotonic() - started)
+    try:
+        _check_explained(package)
+    except PackageError:
+        loaded.close()
+        raise
+    return loaded
+
+
+def models_of(package: ModelPackage) -> tuple[Model, ...]:
+    """The networks of a package, as a backend is given them. Raises PackageError."""
+    return tuple(_model(package, name) for name in package.manifest.models)
+
+
+def _model(package: ModelPackage, name: str) -> Model:
+    entry, files = package.manifest.models[name], package.manifest.files
+    paths = {p: f"models/{name}/{p}.onnx" for p in ("fp32", "fp16") if f"models/{name}/{p}.onnx" in files}
+    cases = {i: package.golden.get(f"{name}.{i}") for i in entry.inputs}
+    if any(array is None for array in cases.values()):
+        raise PackageError(f"golden replay of {name}: golden.npz holds no complete case")
+    return Model(
+        name=name,
+        inputs=entry.inputs,
+        outputs=entry.outputs,
+        graphs=_Graphs(package, paths),
+        digests={precision: files[path].sha256 for precision, path in paths.items()},
+        tolerance={str(precision): allowed for precision, allowed in entry.tolerance.items()},
+        shapes={i: array.shape[1:] for i, array in cases.items() if array is not None},
+    )
+
+
+class _Graphs(Mapping[str, bytes]):
+    """Read and verified each time: hundreds of megabytes that are needed once must not stay in memory."""
+
+    def __init__(self, package: ModelPackage, paths: Mapping[str, str]) -> None:
+        self._package, self._paths = package, paths
+
+    def __getitem__(self, precision: str) -> bytes:
+        return self._package.read(self._paths[precision])
+
+    def __contains__(self, precision: object) -> bool:
+        return precision in self._paths
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def _name(backend: Backend) -> tuple[str, str]:
+    return backend.name, backend.precision
 
 
 def _check_explained(package: ModelPackage) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -29,19 +30,21 @@ class Wire:
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._buffer = bytearray()
+        self._sending = threading.Lock()  # engines that load side by side all say where they are
 
     def send(self, message: Mapping[str, Any], deadline: float | None = None) -> None:
         """Raises TimeoutError, EndedError; GarbageError for what is too long to send."""
         line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
         if len(line) > MAX_LINE:
             raise GarbageError(f"a message of more than {MAX_LINE >> 20} MB")
-        self._channel.settimeout(_left(deadline))
-        try:
-            self._channel.sendall(line)
-        except TimeoutError:
-            raise
-        except OSError:
-            raise EndedError from None
+        with self._sending:
+            self._channel.settimeout(_left(deadline))
+            try:
+                self._channel.sendall(line)
+            except TimeoutError:
+                raise
+            except OSError:
+                raise EndedError from None
 
     def receive(self, deadline: float | None = None) -> dict[str, Any]:
         """The next message. Raises TimeoutError, EndedError, GarbageError."""

@@ -1,0 +1,326 @@
+"""Backends that crash, hang, answer wrong or drift: the job runs again on the next, and nothing of them ever leaves."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_engine
+from worker_bench import ENGINE, Bench
+
+from dicom_node.errors import WorkerError
+from dicom_node.log import Log
+from dicom_node.metrics import Metrics
+from dicom_node.packages import acceptance
+from dicom_node.worker import Standing
+
+SUPPORT = Path(__file__).parent / "support"
+CHANGES = "dicom_node_backend_changes_total"
+
+
+class Odd(Bench):
+    """A bench whose backends are told what to do."""
+
+    def __init__(self, folder: Path, tasks: tuple[str, ...] = ("tiny",), **infer: Any) -> None:
+        for task in tasks:
+            tiny_engine.write_task(folder / "engines", ENGINE, task)
+        super().__init__(folder, tasks, module="odd_worker", **infer)
+
+    def tell(self, **behaviours: str) -> None:
+        (self.root.parent / "odd.json").write_text(json.dumps(behaviours))
+
+    def using(self, task: str = "tiny") -> str:
+        return str(self.client.engines()[task]["backend"])
+
+    def tried(self, task: str = "tiny") -> dict[str, str]:
+        return {t["backend"]: t["status"] for t in self.client.engines()[task]["tried"]}
+
+    def changes(self, backend: str, reason: str, task: str = "tiny") -> float:
+        return self.metrics.value(CHANGES, engine=task, backend=backend, reason=reason)
+
+    def gauge(self, backend: str, task: str = "tiny") -> float:
+        return self.metrics.value("dicom_node_engine_backend", engine=task, backend=backend, precision="fp32")
+
+
+@pytest.fixture
+def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Odd]]:
+    made: list[Odd] = []
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT))
+    monkeypatch.setenv("ODD_BACKENDS", str(tmp_path / "odd.json"))
+
+    def make(*tasks: str, first: Mapping[str, str] | None = None, **infer: Any) -> Odd:
+        made.append(Odd(tmp_path, tasks or ("tiny",), **infer))
+        made[-1].tell(**(first or {}))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.client.close()
+
+
+def made_by(reply: Any) -> tuple[str, float, str]:
+    """Backend, probability, and what the report says of its acceptance."""
+    assert reply.outcome == "RESULT", reply
+    provenance = reply.result["provenance"]
+    return (
+        provenance["backend"],
+        reply.result["findings"][0]["scores"][0]["probability"],
+        provenance["parameters"]["acceptance"],
+    )
+
+
+def test_the_fastest_accepted_backend_serves_and_all_that_were_tried_are_told(odd: Callable[..., Odd]) -> None:
+    bench = odd(first={"cuda": "lie"})
+    told = bench.client.ready(60)["tiny"]
+    assert bench.tried() == {"cuda": "refused", "openvino": "accepted", "onnx": "accepted"}
+    assert (told["backend"], told["precision"], told["library"]) == ("openvino", "fp32", "odd 1")
+    assert "off by" in next(t["reason"] for t in told["tried"] if t["backend"] == "cuda")
+    name, _, said = made_by(bench.run())
+    assert name == "openvino"
+    assert "openvino fp32 (odd 1): classifier off by" in said
+    assert (bench.gauge("openvino"), bench.gauge("onnx"), bench.said) == (1, 0, [])
+    ratio = bench.metrics.value(
+        "dicom_node_engine_acceptance_ratio", engine="tiny", backend="openvino", precision="fp32"
+    )
+    assert 0 <= ratio <= 1
+    assert [line["reason"] for line in bench.log.of("backend_not_used")] == [
+        t["reason"] for t in told["tried"] if t["backend"] == "cuda"
+    ]
+    assert bench.kept[-1]["tiny"]["backend"] == "openvino"
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [("raise", "the device is gone"), ("leak", "KeyError"), ("nan", "holds NaN"), ("shape", "is float32 (1, 1")],
+)
+def test_an_answer_that_cannot_be_one_costs_the_backend_its_place_and_the_job_nothing(
+    odd: Callable[..., Odd], mode: str, said: str
+) -> None:
+    bench = odd()
+    bench.client.ready(60)
+    pid, before = bench.client.pid, made_by(bench.run())
+    assert before[0] == "cuda"
+    counted, spooled = bench.metrics.value("dicom_node_ood_ratio", route="tiny-route"), set(spool(bench))
+    bench.tell(cuda=mode)
+    after = made_by(bench.run())
+    assert (after[0], after[1]) == ("openvino", before[1])
+    assert bench.client.pid == pid
+    assert bench.metrics.value("dicom_node_ood_ratio", route="tiny-route") == counted + 1  # judged once, not twice
+    assert len(set(spool(bench)) - spooled) == 2  # frames and map of one result
+    assert (bench.using(), bench.tried()["cuda"]) == ("openvino", "excluded")
+    assert (bench.changes("cuda", "answer"), bench.gauge("cuda"), bench.gauge("openvino")) == (1, 0, 1)
+    (event,) = bench.said
+    assert event.startswith("tiny: openvino fp32 serves; cuda is left out: ")
+    assert said in event
+    assert "DOE" not in event + json.dumps(bench.log.said)
+    bench.tell()
+    assert made_by(bench.run())[0] == "openvino"  # well again: not before the node starts again
+
+
+def spool(bench: Bench) -> list[Path]:
+    return list((bench.root / "spool").iterdir())
+
+
+def test_a_refusal_made_of_a_failed_answer_does_not_leave(odd: Callable[..., Odd]) -> None:
+    """An engine that swallows the failure must not turn it into an answer about a patient."""
+    bench = odd()
+    bench.client.ready(60)
+    bench.tell(cuda="nan")
+    assert made_by(bench.run("swallow"))[0] == "openvino"
+
+
+def test_what_the_reference_refuses_too_is_the_engines_fault(odd: Callable[..., Odd]) -> None:
+    bench = odd()
+    bench.client.ready(60)
+    reply = bench.run("shape")
+    assert (reply.outcome, "it takes x float32" in reply.error) == ("FAULT", True)
+    assert (bench.using(), bench.said, bench.changes("cuda", "answer")) == ("cuda", [], 0)
+
+
+def test_when_every_other_has_failed_the_reference_serves(odd: Callable[..., Odd]) -> None:
+    bench = odd()
+    bench.client.ready(60)
+    before = made_by(bench.run())
+    bench.tell(cuda="raise", openvino="shape")
+    after = made_by(bench.run())
+    assert (after[0], after[1]) == ("onnx", before[1])
+    assert bench.tried() == {"cuda": "excluded", "openvino": "refused", "onnx": "accepted"}
+
+
+@pytest.mark.parametrize(("mode", "reason", "said"), [("crash", "crash", "SIGSEGV"), ("hang", "deadline", "deadline")])
+def test_a_backend_that_takes_the_worker_with_it_is_left_out_of_every_later_child(
+    odd: Callable[..., Odd], mode: str, reason: str, said: str
+) -> None:
+    bench = odd()
+    bench.client.ready(60)
+    before = made_by(bench.run())
+    bench.tell(cuda=mode)
+    with pytest.raises(WorkerError, match=said):
+        bench.run(timeout=1.5)
+    after = made_by(bench.run())
+    assert (after[0], after[1]) == ("openvino", before[1])
+    assert bench.tried() == {"cuda": "excluded", "openvino": "accepted", "onnx": "accepted"}
+    assert (bench.changes("cuda", reason), bench.restarts(reason), bench.gauge("cuda")) == (1, 1, 0)
+    (event,) = bench.said
+    assert "tiny: openvino fp32 serves; cuda is left out" in event
+    assert [line["backend"] for line in bench.log.of("backend_dropped")] == ["cuda"]
+
+
+def test_a_crash_outside_any_backend_leaves_all_of_them_in_place(odd: Callable[..., Odd]) -> None:
+    bench = odd()
+    bench.client.ready(60)
+    with pytest.raises(WorkerError, match="SIGABRT"):
+        bench.run("abort")
+    assert made_by(bench.run())[0] == "cuda"
+    assert bench.said == []
+
+
+def test_of_engines_loaded_side_by_side_the_backend_that_crashes_is_found(odd: Callable[..., Odd]) -> None:
+    bench = odd("one", "three", "two", first={"cuda": "load-crash"})
+    told = bench.client.ready(120)
+    assert {task: (t["error"], t["backend"]) for task, t in told.items()} == dict.fromkeys(
+        ("one", "three", "two"), ("", "openvino")
+    )
+    assert sum(bench.changes("cuda", "crash", task) for task in told) == 3
+    assert len(bench.said) == 3
+    assert bench.client.loading == ()
+
+
+def test_a_backend_that_drifts_is_found_by_the_replay_and_left(odd: Callable[..., Odd]) -> None:
+    bench = odd()
+    bench.client.ready(60)
+    before = made_by(bench.run())
+    replays = "dicom_node_golden_replays_total"
+    assert not bench.client.replay(3600, 30)  # not due
+    assert bench.client.replay(0, 30)
+    assert bench.metrics.value(replays, engine="tiny", outcome="held") == 1
+    bench.tell(cuda="lie")  # plausible numbers, which no check of a single answer can see
+    assert bench.client.replay(0, 30)
+    assert bench.metrics.value(replays, engine="tiny", outcome="drifted") == 1
+    assert (bench.using(), bench.changes("cuda", "drift")) == ("openvino", 1)
+    assert "no longer gives the golden answers" in bench.said[0]
+    after = made_by(bench.run())
+    assert (after[0], after[1]) == ("openvino", before[1])
+
+
+def test_a_backend_that_hangs_in_the_replay_is_left_too(odd: Callable[..., Odd]) -> None:
+    bench = odd()
+    bench.client.ready(60)
+    bench.tell(cuda="hang")
+    started = time.monotonic()
+    assert bench.client.replay(0, 1.0)
+    assert time.monotonic() - started < 5
+    assert made_by(bench.run())[0] == "openvino"
+    assert bench.changes("cuda", "deadline") == 1
+
+
+def test_a_reference_that_drifts_is_held_to_its_answers_anew_and_else_serves_no_longer(odd: Callable[..., Odd]) -> None:
+    bench = odd(first={"cuda": "missing", "openvino": "missing"})
+    assert bench.client.ready(60)["tiny"]["backend"] == "onnx"
+    bench.tell(cuda="missing", openvino="missing", onnx="lie")
+    assert bench.client.replay(0, 30)
+    reply = bench.run()
+    assert (reply.outcome, (reply.refusal or {})["code"]) == ("REFUSED", "ENGINE_NOT_AVAILABLE")
+    assert bench.metrics.value("dicom_node_engine_accepted", engine="tiny") == 0
+    assert bench.said == [bench.said[0]] and "nothing serves any longer" in bench.said[0]
+
+
+def test_a_backend_taken_out_under_a_running_node_is_an_event_when_the_worker_starts_again(
+    odd: Callable[..., Odd],
+) -> None:
+    bench = odd()
+    bench.client.ready(60)
+    bench.tell(cuda="missing")
+    assert made_by(bench.run())[0] == "cuda"
+    with pytest.raises(WorkerError):
+        bench.run("abort")
+    assert made_by(bench.run())[0] == "openvino"
+    assert bench.said == ["tiny: openvino fp32 serves in place of cuda fp32: it is no longer here (it was taken out)"]
+    assert bench.changes("cuda", "missing") == 1
+
+
+# -- the parent's own
+
+
+def told(backend: str = "openvino", digest: str = "a" * 64, **status: str) -> dict[str, Any]:
+    tried = [
+        {"backend": b, "precision": "fp32", "version": "1", "status": status.get(b, "accepted"), "reason": "why",
+         "lines": [], "load_seconds": 0.1, "milliseconds": 1.0}
+        for b in ("openvino", "onnx")
+    ]  # fmt: skip
+    return {
+        "error": "", "version": "1", "digest": digest, "intended_use": "research", "algorithm": "A", "seconds": 1.0,
+        "backend": backend, "precision": "fp32", "library": "1", "accepted": [], "tried": tried,
+    }  # fmt: skip
+
+
+class Room:
+    def __init__(self) -> None:
+        self.metrics, self.said = Metrics(), list[str]()
+        self.standing = Standing("auto", Log.null(), self.metrics, changed=self.said.append)
+
+    def uses(self, backend: str) -> float:
+        return self.metrics.value("dicom_node_engine_backend", engine="t", backend=backend, precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("after", "reason"),
+    [
+        (told("onnx", openvino="not here"), "missing"),
+        (told("onnx", openvino="refused"), "refused"),
+        (told("onnx"), "slower"),
+        (told("onnx", digest="b" * 64), "package"),
+    ],
+)
+def test_a_change_says_its_reason(after: dict[str, Any], reason: str) -> None:
+    room = Room()
+    room.standing.tell(0, {"t": told()})
+    assert room.said == []
+    room.standing.tell(0, {"t": after})
+    assert len(room.said) == 1
+    assert room.metrics.value(CHANGES, engine="t", backend="openvino", reason=reason) == 1
+
+
+def test_a_backend_is_in_use_while_any_worker_uses_it() -> None:
+    room = Room()
+    for worker in (0, 1):
+        room.standing.tell(worker, {"t": told()})
+    room.standing.drop("t", "openvino", "crash", "SIGSEGV")
+    room.standing.tell(0, {"t": told("onnx")})
+    assert (room.uses("openvino"), room.uses("onnx")) == (1, 1)
+    room.standing.tell(1, {"t": told("onnx")})
+    assert (room.uses("openvino"), room.uses("onnx")) == (0, 1)
+    assert room.standing.excluded() == {"t": {"openvino": "the worker died in it: SIGSEGV"}}
+
+
+def test_words_of_a_child_become_neither_labels_nor_lines() -> None:
+    room = Room()
+    room.standing.tell(0, {"t": told()})
+    room.standing.drop("t", "evil\nname", "evil", "line\nfeed \x1b[31m" + "x" * 4000)
+    room.standing.tell(0, {"t": told("onnx")})
+    assert "\n" not in room.said[0] and "\x1b" not in room.said[0]
+    assert len(room.said[0]) < 400
+    assert room.metrics.value(CHANGES, engine="t", backend="other", reason="answer") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"backend": "evil"}, {"error": None}, {"digest": "x"}, {"tried": [{}]}, {"surplus": 1}, {"seconds": "DOE^JANE"}],
+)
+def test_what_is_no_acceptance_table_is_not_taken(change: dict[str, Any]) -> None:
+    assert acceptance.checked(told()) == told()
+    with pytest.raises(ValueError, match="validation error"):
+        acceptance.checked(told() | change)
+
+
+def test_the_table_is_kept_for_people_and_a_damaged_file_is_none(tmp_path: Path) -> None:
+    table = {"t": {"at": 5.0, **told()}, "u": {"at": 6.0, "error": "no package"}}
+    acceptance.write(tmp_path, table)
+    assert acceptance.read(tmp_path) == table
+    for damage in ("", "[]", '{"engines": {"t": {"at": 1, "error": ""}}}', '{"engines": 5}', "{" * 5000):
+        (tmp_path / acceptance.FILE).write_text(damage)
+        assert acceptance.read(tmp_path) == {}
