@@ -216,8 +216,10 @@ def _engines(args: argparse.Namespace, config: Any) -> int:
         verified, code = operate.engines_verify(config, args.task)
         return _show(args, verified, operate.verify_text, code)
     if args.action == "build":
-        built, code = operate.engines_build(config, args.task, args.sm)
-        return _show(args, built, operate.build_text, code)
+        from dicom_node.service import building
+
+        built, code = building.build(config, args.task, args.sm)
+        return _show(args, built, building.text, code)
     if args.action == "bench":
         return _bench(args, config)
     if args.action in ("activate", "rollback"):

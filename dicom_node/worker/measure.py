@@ -35,8 +35,8 @@ from dicom_node.runtime.backends import known
 from dicom_node.runtime.guard import Guarded, bound
 from dicom_node.store.header import read_stored
 from dicom_node.study import Instance, Study
-from dicom_node.worker import timing
-from dicom_node.worker.engines import load_module
+from dicom_node.worker import planning, timing
+from dicom_node.worker.engines import load_module, models_of
 
 DEPLOYED = "deploy.json"
 """What `python -m engines.training deploy` writes beside its graphs."""
@@ -119,22 +119,13 @@ def opened(model: Model, backend: Backend, place: Place, golden: Golden) -> Guar
 # -- graphs
 
 
-def packaged(package: ModelPackage) -> tuple[list[Model], Golden]:
+def packaged(package: ModelPackage) -> tuple[Sequence[Model], Golden]:
     """The models of a package."""
     packages.check_graphs(package)
-    files = package.manifest.files
-    models = []
-    for name, entry in package.manifest.models.items():
-        paths = {p: f"models/{name}/{p}.onnx" for p in ("fp32", "fp16") if f"models/{name}/{p}.onnx" in files}
-        graphs = {p: package.read(path) for p, path in paths.items()}
-        digests = {p: files[path].sha256 for p, path in paths.items()}
-        shapes = {key: package.golden[f"{name}.{key}"].shape[1:] for key in entry.inputs}
-        tolerance = {str(key): value for key, value in entry.tolerance.items()}
-        models.append(Model(name, entry.inputs, entry.outputs, graphs, digests, tolerance, shapes))
-    return models, package.golden
+    return models_of(package), package.golden
 
 
-def deployed(folder: Path) -> tuple[list[Model], Golden]:
+def deployed(folder: Path) -> tuple[Sequence[Model], Golden]:
     """The graphs of a preset, from a folder that this bench had written itself. Raises PackageError."""
     try:
         about = json.loads((folder / DEPLOYED).read_text("utf-8"))["models"]
@@ -240,7 +231,11 @@ def main() -> None:
         child = Measure(Path(folder))
         # Engines are foreign code, and so are the libraries under a backend.
         foreign = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-        timing.serve(fd, {"here": child.here, "open": child.open, "time": child.time, "case": child.case}, foreign)
+        timing.serve(
+            fd,
+            {"here": child.here, "open": child.open, "time": child.time, "case": child.case, "build": planning.build},
+            foreign,
+        )
 
 
 if __name__ == "__main__":

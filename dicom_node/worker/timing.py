@@ -4,6 +4,7 @@
     open {…}                    → seconds, version, models: what each was off from its golden answers, memory
     time {batch, seconds}       → ms: of each pass over all models, one after the other
     case {study, seconds}       → ms, score_ms: decoded input to result             (the node's own backends only)
+    build {…}                   → lines: a plan for each graph                      (`planning`)
     memory                      → rss, pss of this process, in bytes
 
 An answer with `error` says in words what went wrong, and the process goes on. `engines bench` asks; the torch side

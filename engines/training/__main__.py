@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--variant", choices=("eager", "compile", "graph"), default="eager")
     sub.add_argument("--precision", choices=PRECISIONS, default="fp32")
     sub.add_argument("--fd", type=int, required=True, help="an inherited socket")
+    sub = verbs.add_parser("device", help="what torch reaches on a device, against its ceilings; prints JSON")
+    sub.add_argument("task", help="a task, or `all`")
+    sub.add_argument("--preset", action="append", help="default: demo; may be given again")
+    sub.add_argument("--device", default="cuda", help="cpu | cuda")
+    sub.add_argument("--seconds", type=float, default=2.0, help="of timing for each figure")
     sub = verbs.add_parser("labels", help="write the table of labels of a collection with a folder for each class")
     sub.add_argument("source", type=Path)
     sub.add_argument("--negative", required=True, help="name of the folder of label 0")
@@ -109,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"{args.key.stem}.pub: {package.sign(args.package, args.key)}")
         return 0
-    every = args.verb in ("reproduce", "compare") and args.task == "all"
+    every = args.verb in ("reproduce", "compare", "device") and args.task == "all"
     if not every and not (args.task.isidentifier() and (task_folder(args.task) / "recipe.py").is_file()):
         print(f"no such task: {args.task}", file=sys.stderr)
         return 2
@@ -122,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         print("training needs the extra: pip install 'dicom-node[train]'", file=sys.stderr)
         return 1
-    if args.verb in ("deploy", "eager"):
+    if args.verb in ("deploy", "eager", "device"):
         return _untrained(args)
     from engines.training import verbs
 
@@ -135,6 +141,16 @@ def _untrained(args: argparse.Namespace) -> int:
 
         for path in deploy.write(args.task, args.preset, args.out, args.precision or PRECISIONS):
             print(path)
+        return 0
+    if args.verb == "device":
+        from engines.training import device
+
+        tasks = (
+            sorted(p.parent.name for p in task_folder("").glob("*/training.yaml"))
+            if args.task == "all"
+            else [args.task]
+        )
+        print(json.dumps(device.examine(tasks, args.preset or ["demo"], args.device, args.seconds)))
         return 0
     from engines.training import eager
 
