@@ -57,6 +57,25 @@ def test_no_unit_and_two_of_one_name_are_faults(tmp_path: Path) -> None:
             decide.check(selection(), Prediction(units), package())
 
 
+# -- what two backends are compared by
+
+
+def test_golden_cases_are_judged_as_a_study_would_be() -> None:
+    """Category and calibrated probability by the package's own numbers; beyond the limit no number at all."""
+    near, far = np.zeros((1, 3, 4, 5), np.float32), np.full((1, 3, 4, 5), 100.0, np.float32)
+    logits = np.array([[0.0, 0.0], [0.0, 3.0], [3.0, 0.0], [0.0, 3.0]], np.float32)
+    outputs = {"logits": logits, "features": np.concatenate([near, near, near, far])}
+    high = round(1 / (1 + np.exp(-1.5)), 4)  # T = 2
+    assert decide.judge(TASK, package(), outputs) == (
+        ("INDET", 0.5), ("HIGH", high), ("LOW", round(1 - high, 4)), ("OUT_OF_DISTRIBUTION",),
+    )  # fmt: skip
+
+
+def test_features_that_are_not_finite_are_outside() -> None:
+    outputs = {"logits": np.zeros((1, 2), np.float32), "features": np.full((1, 3, 4, 5), np.nan, np.float32)}
+    assert decide.judge(TASK, package(), outputs) == (("OUT_OF_DISTRIBUTION",),)
+
+
 # -- out of distribution
 
 

@@ -21,6 +21,8 @@ import yaml
 from dicom_node import packages
 from dicom_node.config import Config, Engines, Store
 from dicom_node.errors import PackageError
+from dicom_node.packages import acceptance
+from dicom_node.service.operate import engines_text
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -335,6 +337,38 @@ def test_engines_list_tells_what_is_there_and_what_is_wrong(tmp_path: Path) -> N
     assert told["needs_much"]["reason"] == "not available: install no_such_library_here"
     assert not told["broken"]["available"]
     assert "SHA-256" in told["broken"]["reason"]
+
+
+def test_engines_list_shows_the_table_of_the_last_worker(tmp_path: Path) -> None:
+    tiny_engine.write_task(tmp_path / "engines", "")
+    tiny_engine.write_task(tmp_path / "engines", "", "refused")
+    (tmp_path / "var").mkdir()
+    line = {"model": "classifier", "backend": "onnx", "precision": "fp32", "cases": 3, "worst": 0.0, "tolerance": 1e-3}
+    tried = [
+        {"backend": name, "precision": "fp32", "version": "1", "status": status, "reason": reason,
+         "lines": [line] if status == "accepted" else [], "load_seconds": 0.1, "milliseconds": 2.0}
+        for name, status, reason in (
+            ("cuda", "not here", "no CUDA device"), ("openvino", "excluded", "it hung"), ("onnx", "accepted", "")
+        )
+    ]  # fmt: skip
+    serving = {
+        "error": "", "version": "1", "digest": "a" * 64, "intended_use": "demonstration", "algorithm": "Tiny",
+        "backend": "onnx", "precision": "fp32", "library": "1.31", "accepted": [line], "tried": tried, "seconds": 1.0,
+    }  # fmt: skip
+    acceptance.write(
+        tmp_path / "var", {"tiny": {"at": 5.0, **serving}, "refused": {"at": 6.0, "error": "golden replay: off"}}
+    )
+    config = Config(engines=Engines(path=(tmp_path / "engines",)), store=Store(root=tmp_path / "var"))
+    told = {line["task"]: line for line in packages.engines_list(config)}
+    backends = told["tiny"]["backends"]
+    assert backends["onnx"] == "in use, fp32 (accepted: fp32)"
+    assert backends["openvino"] == "excluded: it hung"
+    assert backends["cuda"] == "not executed by us; not here: no CUDA device"
+    assert told["tiny"]["acceptance"]["tried"] == tried
+    assert (told["refused"]["available"], told["refused"]["acceptance"]["error"]) == (True, "golden replay: off")
+    text = engines_text(list(told.values()))
+    assert "3 golden cases, worst 0.0e+00 of 1.0e-03 allowed: ok" in text
+    assert "golden replay: off" in text
 
 
 def test_an_unsigned_package_is_not_available_where_signatures_are_required(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from dicom_node.errors import PackageError
 from dicom_node.packages import acceptance
 from dicom_node.packages.install import history, installed
 from dicom_node.packages.load import active_package, find_tasks, load_task
+from dicom_node.runtime.backends import NOT_EXECUTED_BY_US
 
 BACKENDS = ("tensorrt", "tensorrt_rtx", "cuda", "openvino", "onnx")
-NOT_EXECUTED = frozenset({"tensorrt", "tensorrt_rtx", "cuda"})
-"""By those who made this version: it says so until the machine it runs on has done it."""
+NOT_EXECUTED = NOT_EXECUTED_BY_US | {"tensorrt", "tensorrt_rtx"}
+"""Said until the machine it runs on has done it."""
 
 
 def engines_list(config: Config) -> list[dict[str, Any]]:
@@ -47,17 +48,16 @@ def _listed(folder: Path, config: Config, said: dict[str, dict[str, Any]]) -> di
         return told | {"reason": f"not available: install {', '.join(task.missing_libraries)}"}
     last = said.get(folder.name)
     told |= {"acceptance": _acceptance(last), "backends": {name: _standing(name, last) for name in BACKENDS}}
-    if last is not None and last["error"]:
-        return told | {"reason": last["error"]}
     return told | {"available": True}
 
 
 def _acceptance(last: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The table of the last time a worker had the engine; None where it never served."""
-    if last is None or last["error"]:
+    """The table of the last time a worker had the engine; None where none has."""
+    if last is None:
         return None
-    kept = ("at", "version", "digest", "backend", "precision", "library", "tried")
-    return {key: last[key] for key in kept}
+    kept = ("version", "digest", "backend", "precision", "library")
+    table = {key: last.get(key) for key in kept}
+    return {"at": last["at"], "error": last["error"], **table, "tried": last.get("tried", [])}
 
 
 def _standing(name: str, last: dict[str, Any] | None) -> str:

@@ -89,7 +89,8 @@ def render_frames(
 
 
 def preload() -> None:
-    """Pay the imports now, so that the first report of the day is as fast as the others."""
-    from dicom_node.report import assembly
+    """Pay the imports and tables now, so that the first report of the day is as fast as the others."""
+    from dicom_node.report import assembly, objects
 
     _: Any = assembly
+    objects.load_tables()

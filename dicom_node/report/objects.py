@@ -18,7 +18,7 @@ from highdicom.base import SOPClass
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from pydicom import dcmwrite
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import UID
+from pydicom.uid import UID, Comprehensive3DSRStorage, ExplicitVRLittleEndian
 
 from dicom_node import __version__
 from dicom_node.report import codes
@@ -117,6 +117,21 @@ def new_object(
     made.StationName = context.config.station_name
     made.ContributingEquipmentSequence = list(_equipment(source, made, stamp))
     return made
+
+
+def load_tables() -> None:
+    """highdicom reads which attribute belongs to which IOD when the first object is made: a third of a second."""
+    SOPClass(
+        study_instance_uid="1.2.3",
+        series_instance_uid="1.2.3.1",
+        series_number=1,
+        sop_instance_uid="1.2.3.1.1",
+        sop_class_uid=Comprehensive3DSRStorage,
+        instance_number=1,
+        modality="SR",
+        manufacturer="none",
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+    )
 
 
 def carry(source: Dataset, made: Dataset) -> None:

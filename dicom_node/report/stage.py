@@ -151,7 +151,7 @@ def _provenance(task: Task, package: Mapping[str, str] | None) -> Provenance | N
         package_version=package["version"],
         package_digest=package["digest"],
         intended_use=package["intended_use"],
-        backend="onnx",
-        precision="fp32",
+        backend=package.get("backend", "onnx"),  # a job of the version before says nothing: it knew only this one
+        precision=package.get("precision", "fp32"),
         algorithm_name=package["algorithm"],
     )

@@ -48,7 +48,8 @@ class Cases:
     outputs: Arrays
     count: int
 
-    def shapes(self, arrays: Arrays) -> dict[str, tuple[int, ...]]:
+    @staticmethod
+    def shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
         """Without the batch axis."""
         return {name: array.shape[1:] for name, array in arrays.items()}
 
@@ -59,12 +60,19 @@ class Cases:
 
 def cases_of(model: str, golden: Arrays, outputs: tuple[str, ...]) -> Cases:
     """Raises PackageError when golden.npz holds no complete case of this model."""
-    own = {name.removeprefix(f"{model}."): a for name, a in golden.items() if name.startswith(f"{model}.")}
+    own = {name.removeprefix(f"{model}."): _fixed(a) for name, a in golden.items() if name.startswith(f"{model}.")}
     inputs = {name: array for name, array in own.items() if name not in outputs}
     count = len(next(iter(inputs.values()), ()))
     if not count or not set(outputs) <= own.keys() or any(len(array) != count for array in own.values()):
         raise PackageError(f"golden replay of {model}: golden.npz holds no complete case")
     return Cases(model, inputs, {name: own[name] for name in outputs}, count)
+
+
+def _fixed(array: NDArray[Any]) -> NDArray[Any]:
+    """No backend may write into what the next one is held to."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def answers_of(session: Session, cases: Cases) -> dict[str, NDArray[Any]]:

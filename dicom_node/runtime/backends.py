@@ -9,20 +9,24 @@ from __future__ import annotations
 from dicom_node.runtime import Backend
 from dicom_node.runtime.onnx import CudaBackend, OnnxBackend
 from dicom_node.runtime.openvino import OpenVinoBackend
-
-NOT_EXECUTED_BY_US = frozenset({"cuda"})
-"""Backends that no machine of ours could run; said wherever they are listed."""
+from dicom_node.runtime.tensorrt import TensorRtBackend
 
 
 def known(runtime: str) -> tuple[Backend, ...]:
     """For `infer.runtime`. The reference is always the last: nothing is accepted without it."""
+    tensorrt: tuple[Backend, ...] = (
+        TensorRtBackend("tensorrt", "fp16"),
+        TensorRtBackend("tensorrt", "fp32"),
+        TensorRtBackend("tensorrt_rtx", "fp16"),
+        TensorRtBackend("tensorrt_rtx", "fp32"),
+    )
     cuda: tuple[Backend, ...] = (CudaBackend("fp16"), CudaBackend("fp32"))
     openvino: tuple[Backend, ...] = (OpenVinoBackend(),)
     candidates: dict[str, tuple[Backend, ...]] = {
-        "auto": (*cuda, *openvino),
+        "auto": (*tensorrt, *cuda, *openvino),
+        "tensorrt": tensorrt,
         "cuda": cuda,
         "openvino": openvino,
-        "tensorrt": (),
         "onnx": (),
     }
     return (*candidates[runtime], OnnxBackend())

@@ -13,8 +13,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import TypeAlias
 
 from dicom_node.errors import NodeError, PackageError
 from dicom_node.runtime import REFERENCE, Backend, Model, Place, Session
@@ -28,6 +29,9 @@ SECONDS = 0.7
 """For timing all accepted backends of one engine."""
 ROUNDS = (3, 31)
 """At least so many, whatever they take, or the median is no median; at most so many."""
+_Key: TypeAlias = tuple[str, str]
+"""Name and precision of a backend."""
+_REFERENCE: _Key = (REFERENCE, "fp32")
 _FAULTS = (
     NodeError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError,
     ImportError, OSError, MemoryError, BufferError, EOFError,
@@ -50,6 +54,8 @@ class Tried:
     load_seconds: float = 0.0
     milliseconds: float = 0.0
     """All models once, on one golden case each: median."""
+    notes: tuple[str, ...] = ()
+    """What an operator should know although it serves: a plan that was not what it should be, and was built again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +69,27 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
-class _Engine:
-    """What every backend is asked the same about."""
+class _Trial:
+    """What every backend is asked the same about, and where."""
 
     models: tuple[Model, ...]
     cases: Mapping[str, Cases]
     explained: str
     judge: Judge
+    backends: Mapping[_Key, Backend] = field(default_factory=dict)
+    place: Place = field(default_factory=Place)
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    at: Callable[[str], object] = lambda _: None
+    clock: Callable[[], float] = time.perf_counter
+
+    @contextmanager
+    def touching(self, name: str) -> Iterator[None]:
+        """While code of a backend may take the process with it."""
+        self.at(name)
+        try:
+            yield
+        finally:
+            self.at("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,47 +111,45 @@ def choose(
     place: Place,
     excluded: Mapping[str, str] = MappingProxyType({}),
     at: Callable[[str], object] = lambda _: None,
+    clock: Callable[[], float] = time.perf_counter,
+    *,
+    named: bool = False,
 ) -> Chosen:
     """Raises PackageError when the package has no complete golden cases, or the reference does not give its answers.
 
     `excluded`: backend -> why it is not to be touched; the reference cannot be excluded, for there would be no truth.
     `at`: called with a backend's name before it is loaded or run, with "" after.
+    `named`: the backends are those that `infer.runtime` names: one that is accepted serves, also if the reference is
+    faster.
     """
-    engine = _engine(models, golden, explained, judge)
+    cases = _cases(models, golden, explained)
     by_key = {(b.name, b.precision): b for b in backends}
-    with _touching(at, REFERENCE):
-        reference = _reference(engine, by_key[REFERENCE, "fp32"], by_key, place)
-    accepted, tried = [reference], dict[tuple[str, str], Tried]()
+    trial = _Trial(tuple(models), cases, explained, judge, by_key, place, excluded, at, clock)
+    accepted = {_REFERENCE: _reference(trial)}
+    tried: dict[_Key, Tried] = {}
     for key, backend in by_key.items():
-        if backend is reference.backend:
-            continue
-        found = _try(engine, backend, by_key, place, reference, excluded, at)
-        if isinstance(found, Tried):
-            tried[key] = found
-        else:
-            accepted.append(found)
-    times = _times(engine, accepted, at, tried)
-    best = _fastest(times, list(by_key))
-    for opened in accepted:
-        key = _key(opened)
-        if key in times:
-            tried[key] = _line(opened, times[key])
+        if key != _REFERENCE:
+            found = _try(trial, backend, accepted[_REFERENCE])
+            if isinstance(found, Tried):
+                tried[key] = found
+            else:
+                accepted[key] = found
+    times, failed = _race(trial, accepted)
+    best = _fastest(times, list(by_key), enough=0.0 if named else CLEARLY)
+    for key, opened in accepted.items():
+        tried[key] = _line(opened, times.get(key, []), failed.get(key, ""))
         if key != best:
             _close(opened.sessions)
-    chosen = next(opened for opened in accepted if _key(opened) == best)
-    return Chosen(MappingProxyType(dict(chosen.sessions)), *best, tuple(tried[key] for key in by_key))
+    return Chosen(MappingProxyType(dict(accepted[best].sessions)), *best, tuple(tried[key] for key in by_key))
 
 
 def replay(chosen: Chosen, models: Sequence[Model], golden: Arrays, explained: str, judge: Judge) -> str:
     """Why the sessions in use no longer give the golden answers; "" = they do."""
-    engine = _engine(models, golden, explained, judge)
+    trial = _Trial(tuple(models), _cases(models, golden, explained), explained, judge)
     try:
-        for model in engine.models:
-            session, cases = chosen.sessions[model.name], engine.cases[model.name]
-            found = answers_of(session, cases)
-            hold(session, cases, found, model.tolerance[session.precision])
-            if model.name == explained:
-                _judged(engine, found, cases.outputs, model.tolerance[session.precision])
+        for model in models:
+            session = chosen.sessions[model.name]
+            _held(trial, model, session, model.tolerance[session.precision], None)
     except _FAULTS as e:
         return _words(e)
     return ""
@@ -140,83 +158,80 @@ def replay(chosen: Chosen, models: Sequence[Model], golden: Arrays, explained: s
 # -- one backend
 
 
-def _engine(models: Sequence[Model], golden: Arrays, explained: str, judge: Judge) -> _Engine:
+def _cases(models: Sequence[Model], golden: Arrays, explained: str) -> dict[str, Cases]:
     cases = {model.name: cases_of(model.name, golden, model.outputs) for model in models}
     for model in models:
         if cases[model.name].inputs.keys() != set(model.inputs):
             raise PackageError(f"golden replay of {model.name}: golden.npz holds other inputs than the manifest")
     if explained not in cases:
         raise PackageError(f"the package has no model {explained}, which is the one explained")
-    return _Engine(tuple(models), cases, explained, judge)
+    return cases
 
 
-def _reference(engine: _Engine, backend: Backend, backends: Mapping[tuple[str, str], Backend], place: Place) -> _Opened:
+def _reference(trial: _Trial) -> _Opened:
     try:
-        return _open(engine, backend, backends, place, None)
+        with trial.touching(REFERENCE):
+            return _open(trial, trial.backends[_REFERENCE], None)
     except PackageError:
         raise
-    except NodeError as e:
-        raise PackageError(f"the reference failed: {e}") from None
+    except _FAULTS as e:
+        raise PackageError(f"the reference failed: {_words(e)}") from None
 
 
-def _try(
-    engine: _Engine,
-    backend: Backend,
-    backends: Mapping[tuple[str, str], Backend],
-    place: Place,
-    reference: _Opened,
-    excluded: Mapping[str, str],
-    at: Callable[[str], object],
-) -> _Opened | Tried:
+def _try(trial: _Trial, backend: Backend, reference: _Opened) -> _Opened | Tried:
     line = Tried(backend.name, backend.precision, "", "refused", "")
-    if backend.name in excluded:
-        return replace(line, status="excluded", reason=excluded[backend.name])
+    if backend.name in trial.excluded:
+        return replace(line, status="excluded", reason=trial.excluded[backend.name])
     try:
-        with _touching(at, backend.name):
+        with trial.touching(backend.name):
             missing = backend.missing()
             if missing:
                 return replace(line, status="not here", reason=missing)
             line = replace(line, version=backend.version())
-            return _open(engine, backend, backends, place, reference)
+            return _open(trial, backend, reference)
     except _FAULTS as e:
         return replace(line, reason=_words(e))
 
 
-def _open(
-    engine: _Engine,
-    backend: Backend,
-    backends: Mapping[tuple[str, str], Backend],
-    place: Place,
-    reference: _Opened | None,
-) -> _Opened:
+def _open(trial: _Trial, backend: Backend, reference: _Opened | None) -> _Opened:
     """Load every model and hold it to the truth. Raises what backends raise; what was loaded until then is closed."""
-    sessions, answers, lines = dict[str, Guarded](), dict[str, Arrays](), list[Accepted]()
-    used = {model.name: _at_precision(model, backend, backends) for model in engine.models}
-    if all(at.precision != backend.precision for at in used.values()):
+    used = {model.name: _at_precision(model, backend, trial.backends) for model in trial.models}
+    if all(one.precision != backend.precision for one in used.values()):
         raise PackageError(f"the package has no graph at {backend.precision}")
-    started = time.perf_counter()
+    sessions, answers, lines = dict[str, Guarded](), dict[str, Arrays](), list[Accepted]()
+    started = trial.clock()
     try:
-        for model in engine.models:
-            cases = engine.cases[model.name]
-            session = used[model.name].open(model, place)
-            sessions[model.name] = Guarded(session, model, cases.shapes(cases.outputs), bound(model, place))
-        load_seconds = time.perf_counter() - started
-        for model in engine.models:
-            session, cases = sessions[model.name], engine.cases[model.name]
-            found = answers_of(session, cases)
+        for model in trial.models:
+            shapes = Cases.shapes(trial.cases[model.name].outputs)
+            session = used[model.name].open(model, trial.place)
+            sessions[model.name] = Guarded(session, model, shapes, bound(model, trial.place, backend.name))
+        seconds = trial.clock() - started
+        for model in trial.models:
             truth = None if reference is None else reference.answers[model.name]
             tolerance = model.tolerance[used[model.name].precision]
-            lines.append(hold(session, cases, found, tolerance, truth))
-            if model.name == engine.explained:
-                _judged(engine, found, cases.outputs if truth is None else truth, tolerance)
-            answers[model.name] = found
+            line, answers[model.name] = _held(trial, model, sessions[model.name], tolerance, truth)
+            lines.append(line)
     except BaseException:
         _close(sessions)
         raise
-    return _Opened(backend, backend.version(), sessions, answers, tuple(lines), load_seconds)
+    return _Opened(backend, backend.version(), sessions, answers, tuple(lines), seconds)
 
 
-def _at_precision(model: Model, backend: Backend, backends: Mapping[tuple[str, str], Backend]) -> Backend:
+def _held(
+    trial: _Trial, model: Model, session: Session, tolerance: float, truth: Arrays | None
+) -> tuple[Accepted, Arrays]:
+    """One model against golden.npz and the reference, decisions included. Raises PackageError."""
+    cases = trial.cases[model.name]
+    found = answers_of(session, cases)
+    line = hold(session, cases, found, tolerance, truth)
+    if model.name == trial.explained:
+        expected = cases.outputs if truth is None else truth
+        if not same_verdicts(trial.judge(found), trial.judge(expected), tolerance):
+            raise PackageError(f"golden replay of {model.name} on {session.backend}: decides otherwise on a case")
+    return line, found
+
+
+def _at_precision(model: Model, backend: Backend, backends: Mapping[_Key, Backend]) -> Backend:
     """A model without a graph at this precision (a table of radiomics needs none) runs at fp32 on the same backend."""
     for candidate in (backend, backends.get((backend.name, "fp32"))):
         if candidate is not None and candidate.precision in model.graphs and candidate.precision in model.tolerance:
@@ -224,75 +239,61 @@ def _at_precision(model: Model, backend: Backend, backends: Mapping[tuple[str, s
     raise PackageError(f"model {model.name} has no graph and tolerance at {backend.precision}")
 
 
-def _judged(engine: _Engine, found: Arrays, truth: Arrays, tolerance: float) -> None:
-    if not same_verdicts(engine.judge(found), engine.judge(truth), tolerance):
-        raise PackageError(f"golden replay of {engine.explained}: decides otherwise on a golden case")
-
-
 # -- the race
 
 
-def _times(
-    engine: _Engine, accepted: list[_Opened], at: Callable[[str], object], tried: dict[tuple[str, str], Tried]
-) -> dict[tuple[str, str], float]:
-    """Median milliseconds of each, rounds interleaved: what disturbs one round disturbs all. One that fails is out."""
-    taken: dict[tuple[str, str], list[float]] = {_key(opened): [] for opened in accepted}
-    until = time.perf_counter() + SECONDS
+def _race(trial: _Trial, accepted: Mapping[_Key, _Opened]) -> tuple[dict[_Key, list[float]], dict[_Key, str]]:
+    """Seconds of each in each round, and why one is out. Rounds are interleaved, every second one backwards: what
+    disturbs one disturbs all."""
+    seconds: dict[_Key, list[float]] = {key: [] for key in accepted}
+    failed: dict[_Key, str] = {}
+    until = trial.clock() + SECONDS
     for number in range(ROUNDS[1]):
-        if number >= ROUNDS[0] and time.perf_counter() > until:
+        if number >= ROUNDS[0] and trial.clock() > until:
             break
-        for opened in accepted:
-            key = _key(opened)
-            if key not in taken:
-                continue
+        for key in list(seconds)[:: -1 if number % 2 else 1]:
             try:
-                with _touching(at, opened.backend.name):
-                    taken[key].append(_round(engine, opened))
+                with trial.touching(key[0]):
+                    seconds[key].append(_round(trial, accepted[key].sessions))
             except _FAULTS as e:
-                if opened is accepted[0]:
+                if key == _REFERENCE:
+                    for opened in accepted.values():
+                        _close(opened.sessions)
                     raise PackageError(f"the reference failed: {_words(e)}") from None
-                del taken[key]
-                tried[key] = replace(_line(opened, 0.0), status="refused", reason=_words(e))
-    return {key: 1000 * statistics.median(seconds) for key, seconds in taken.items()}
+                del seconds[key]
+                failed[key] = _words(e)
+    return seconds, failed
 
 
-def _round(engine: _Engine, opened: _Opened) -> float:
-    inputs = [(opened.sessions[model.name], engine.cases[model.name].first()) for model in engine.models]
-    started = time.perf_counter()
-    for session, first in inputs:
+def _round(trial: _Trial, sessions: Mapping[str, Session]) -> float:
+    work = [(sessions[model.name], trial.cases[model.name].first()) for model in trial.models]
+    started = trial.clock()
+    for session, first in work:
         session.run(first)
-    return time.perf_counter() - started
+    return trial.clock() - started
 
 
-def _fastest(times: Mapping[tuple[str, str], float], order: Sequence[tuple[str, str]]) -> tuple[str, str]:
+def _fastest(seconds: Mapping[_Key, list[float]], order: Sequence[_Key], enough: float = CLEARLY) -> _Key:
     """The fastest; of those as good as it the first in order; the reference unless another is clearly faster."""
-    reference = (REFERENCE, "fp32")
-    faster = {key: ms for key, ms in times.items() if key != reference and ms * CLEARLY <= times[reference]}
-    if not faster:
-        return reference
-    return next(key for key in order if key in faster and faster[key] <= CLEARLY * min(faster.values()))
+    gains = {
+        key: statistics.median(r / max(s, 1e-9) for r, s in zip(seconds[_REFERENCE], own, strict=True))
+        for key, own in seconds.items()
+        if key != _REFERENCE
+    }
+    best = max(gains.values(), default=0.0)
+    if not gains or best < enough:
+        return _REFERENCE
+    return next(key for key in order if gains.get(key, -1.0) >= max(enough, best / CLEARLY))
 
 
 # -- small things
 
 
-@contextmanager
-def _touching(at: Callable[[str], object], name: str) -> Iterator[None]:
-    at(name)
-    try:
-        yield
-    finally:
-        at("")
-
-
-def _key(opened: _Opened) -> tuple[str, str]:
-    return opened.backend.name, opened.backend.precision
-
-
-def _line(opened: _Opened, milliseconds: float) -> Tried:
+def _line(opened: _Opened, seconds: Sequence[float], failure: str) -> Tried:
     return Tried(
-        *_key(opened), opened.version, "accepted", "", opened.lines,
-        round(opened.load_seconds, 3), round(milliseconds, 3),
+        opened.backend.name, opened.backend.precision, opened.version, "refused" if failure else "accepted", failure,
+        opened.lines, round(opened.load_seconds, 3), round(1000 * statistics.median(seconds or [0.0]), 3),
+        tuple(note for session in opened.sessions.values() for note in session.notes),
     )  # fmt: skip
 
 

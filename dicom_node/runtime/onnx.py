@@ -12,11 +12,11 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
-from dicom_node.errors import BackendError, PackageError
+from dicom_node.errors import BackendError, NodeError, PackageError
 from dicom_node.runtime import REFERENCE, Model, Place, Session
 
 NOWHERE = "/dev/null/external-data"
@@ -26,9 +26,11 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 class OnnxSession:
-    """One graph. Raises PackageError when it cannot be loaded or does not have the promised inputs and outputs."""
+    """One graph on the CPU. Raises PackageError when it does not load or lacks the promised inputs and outputs."""
 
     backend = REFERENCE
+    _refusal: ClassVar[type[NodeError]] = PackageError
+    """What a graph that does not load is: of the reference, the package's fault."""
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class OnnxSession:
         try:
             self._session = ort.InferenceSession(graph, options, providers=self._providers())
         except _errors() as e:
-            raise PackageError(f"model {name}: ONNX Runtime refuses the graph ({type(e).__name__})") from None
+            raise self._refusal(f"model {name}: ONNX Runtime refuses the graph ({type(e).__name__})") from None
         self.precision = precision
         self._outputs = list(outputs)
         self._check(name, "inputs", self._session.get_inputs(), inputs)
@@ -95,9 +97,16 @@ class CudaSession(OnnxSession):
     """
 
     backend = "cuda"
+    _refusal = BackendError  # the reference has loaded a graph of this package: here a driver or memory is to blame
 
     def __init__(self, model: Model, precision: str, place: Place) -> None:
+        import onnxruntime as ort
+
         self._device = place.device
+        try:
+            ort.preload_dlls()  # CUDA and cuDNN as pip installs them lie where no loader looks
+        except (AttributeError, OSError, RuntimeError) as e:
+            raise BackendError(f"ONNX Runtime cannot load CUDA's libraries ({type(e).__name__})") from None
         graph = model.graphs[precision]
         super().__init__(model.name, graph, model.inputs, model.outputs, threads=place.threads, precision=precision)
         # ONNX Runtime goes on without a word on the CPU when the provider does not load (a wrong CUDA or cuDNN). The

@@ -224,6 +224,8 @@ def _table_lines(kept: Answer | None) -> list[str]:
     """The acceptance table of the last time a worker had the engine."""
     if kept is None:
         return []
+    if kept["error"]:
+        return [f"  refused {_clock(kept['at'])}: {kept['error']}"]
     about = f"{kept['backend']} {kept['precision']} ({kept['library']}), package {kept['version']}"
     return [f"  last accepted {_clock(kept['at'])} on {about}", *_tried_lines(kept["tried"])]
 

@@ -105,6 +105,7 @@ class Worker:
             require_signature=self._engines.require_signature,
             place=Place(threads=self._threads, plans=self._root / "plans"),
             at=at,
+            named=self._infer.runtime != "auto",
             candidate=candidate,
             excluded=self._excluded.get(task, {}),
         )
@@ -149,6 +150,7 @@ class Worker:
                 break
             except FallenError as e:
                 engine = self._next(str(job["engine"]), engine, "answer", str(e))
+                about["package"] = engine.about()
         if isinstance(concluded, Refusal):
             return _refused(concluded)
         return {"outcome": "RESULT", "result": concluded.to_json()}

@@ -46,6 +46,8 @@ class Loaded:
     backends: tuple[Backend, ...]
     place: Place
     at: At
+    named: bool
+    """`infer.runtime` names the backends."""
     chosen: Chosen
     seconds: float
 
@@ -57,6 +59,8 @@ class Loaded:
             "digest": self.package.digest,
             "intended_use": m.intended_use,
             "algorithm": m.algorithm,
+            "backend": self.chosen.backend,
+            "precision": self.chosen.precision,
         }
 
     def told(self) -> dict[str, Any]:
@@ -65,8 +69,6 @@ class Loaded:
         return {
             "error": "",
             **self.about(),
-            "backend": used.backend,
-            "precision": used.precision,
             "library": used.version,
             "accepted": [asdict(line) for line in used.lines],
             "tried": [asdict(tried) for tried in self.chosen.tried],
@@ -138,7 +140,9 @@ class Loaded:
         served = {tried.backend for tried in self.chosen.tried if tried.status == "accepted"}
         left = [b for b in self.backends if is_reference(b) or b.name in served]
         golden, explained = self.package.golden, self._explained
-        chosen = choose(self.models, golden, explained, self._judge, left, self.place, excluded, self.at)
+        chosen = choose(
+            self.models, golden, explained, self._judge, left, self.place, excluded, self.at, named=self.named
+        )
         after = before | {(tried.backend, tried.precision): tried for tried in chosen.tried}
         seconds = time.monotonic() - started
         return replace(self, chosen=replace(chosen, tried=tuple(after.values())), seconds=seconds)
@@ -175,6 +179,7 @@ def load_engine(
     require_signature: bool,
     place: Place,
     at: At,
+    named: bool,
     candidate: Path | None = None,
     excluded: Mapping[str, str] | None = None,
 ) -> Loaded:
@@ -186,6 +191,7 @@ def load_engine(
     task = packages.load_task(folder)
     if task.missing_libraries:
         raise PackageError(f"not available: install {', '.join(task.missing_libraries)}")
+    _import_libraries(task.task)
     if candidate is None:
         package = packages.active_package(task, root, require_signature=require_signature)
     else:
@@ -194,14 +200,24 @@ def load_engine(
     engine = cast(Engine, load_module(folder))
     models = models_of(package)
     judge, explained = partial(decide.judge, task.task, package), package.manifest.explain.model
-    chosen = choose(models, package.golden, explained, judge, backends, place, excluded or {}, at)
-    loaded = Loaded(task.task, package, engine, models, backends, place, at, chosen, time.monotonic() - started)
+    chosen = choose(models, package.golden, explained, judge, backends, place, excluded or {}, at, named=named)
+    seconds = time.monotonic() - started
+    loaded = Loaded(task.task, package, engine, models, backends, place, at, named, chosen, seconds)
     try:
         _check_explained(package)
     except PackageError:
         loaded.close()
         raise
     return loaded
+
+
+def _import_libraries(task: Task) -> None:
+    """Now, so that the first study is as fast as the tenth."""
+    for name in task.libraries:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise PackageError(f"not available: {name} is installed and cannot be loaded") from None
 
 
 def models_of(package: ModelPackage) -> tuple[Model, ...]:

@@ -37,6 +37,28 @@ def test_a_clinical_value_that_no_engine_collects_is_an_error(
     assert said == [f"no engine of the routes collects a clinical value {name}" for name in unknown]
 
 
+@pytest.mark.parametrize(
+    ("runtime", "level", "said"),
+    [
+        ("auto", "ok", "auto: can be tried here: "),
+        ("onnx", "ok", "onnx: can be tried here: onnx"),
+        ("cuda", "warning", "cuda is not on this machine: the reference, onnx, serves instead"),
+    ],
+)
+def test_a_runtime_that_is_not_here_is_said_before_a_study_depends_on_it(
+    tmp_path: Path, runtime: str, level: str, said: str
+) -> None:
+    data = {"infer": {"runtime": runtime}, "engines": {"path": []}}
+    found, _ = check(config.parse(data, file="x", base=tmp_path))
+    lines = [f for f in found["findings"] if f["about"] == "infer.runtime"]
+    if runtime == "cuda" and lines[-1]["level"] == "ok":
+        pytest.skip("this machine has onnxruntime-gpu")
+    assert lines[-1]["level"] == level
+    assert lines[-1]["text"].startswith(said)
+    assert "onnx" in lines[-1]["text"]
+    assert any("CUDA device" in f["text"] or "onnxruntime-gpu" in f["text"] for f in lines) or runtime != "cuda"
+
+
 def _said(base: Path, **clinical: Any) -> dict[str, list[str]]:
     found, _ = check(config.parse({"clinical": clinical}, file="x", base=base))
     said: dict[str, list[str]] = {}

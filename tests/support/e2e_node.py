@@ -94,6 +94,8 @@ class Node:
     settings: dict[str, Any]
     port: int = 0
     process: subprocess.Popen[str] | None = None
+    python: str = sys.executable
+    environment: dict[str, str] = field(default_factory=dict)
     log: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -113,10 +115,15 @@ class Node:
         self.config.write_text(yaml.safe_dump(self.settings, allow_unicode=True))
 
     def start(self) -> Node:
-        command = [sys.executable, "-m", "dicom_node", "run", "--config", str(self.config)]
+        command = [self.python, "-m", "dicom_node", "run", "--config", str(self.config)]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+                env=os.environ | self.environment,
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
