@@ -181,13 +181,16 @@ class Plans:
             raise
         except OSError:
             raise _RefusedError("it is a link, or cannot be opened") from None
-        with os.fdopen(fd, "rb") as file:
+        try:
             about = os.fstat(fd)
             if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1:
                 raise _RefusedError("it is no plain file of its own")
             if about.st_uid != os.geteuid() or stat.S_IMODE(about.st_mode) & 0o077:
                 raise _RefusedError("it belongs to another user or is open to others")
-            return file.read(limit + 1)
+            with os.fdopen(fd, "rb", closefd=False) as file:
+                return file.read(limit + 1)
+        finally:
+            os.close(fd)
 
     def _write(self, name: str, data: bytes) -> None:
         """There whole, or not at all, also after a power cut."""

@@ -29,15 +29,15 @@ from dicom_node.runtime.tensorrt_build import (
 )
 from dicom_node.runtime.tensorrt_session import PlanRefusedError, TensorRtSession
 
-BUILD_SECONDS = 900.0
-"""For one plan; the caller of `open` has to be as patient."""
+BUILD_SECONDS = 100.0
+"""For one plan: less than a worker's patience with one step of loading. `engines build` may take longer."""
 OLDEST = {"tensorrt": (10, 16), "tensorrt_rtx": (1, 3)}
 OLDEST_SM = (7, 5)
 """Of TensorRT 10.16 and 11; TensorRT-RTX lists its own."""
 _TITLE = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-_INSTALL = {
-    "tensorrt": "TensorRT is not installed: install 10.16 or later from NVIDIA's package index",
-    "tensorrt_rtx": "TensorRT-RTX is not installed: install dicom-node[rtx]",
+_EXTRA = {
+    "tensorrt": "install dicom-node[tensorrt], which needs NVIDIA's package index",
+    "tensorrt_rtx": "install dicom-node[rtx]",
 }
 _BROKEN = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
 """What importing a binding raises when a shared library or a symbol is missing."""
@@ -73,9 +73,12 @@ class TensorRtBackend:
         self._find_module, self._find_cuda = find_module, find_cuda
 
     def missing(self) -> str:
-        """Library, its age, driver, GPU: the first that is not as it must be."""
+        """Driver, GPU, library, its age: the first that is not as it must be.
+
+        In this order, because the libraries take some hundred megabytes which a node without a GPU should not load.
+        """
         try:
-            trt, (_, devices) = self._library(), self._devices()
+            (_, devices), trt = self._devices(), self._library()
             reasons = [_unusable(trt, device) for device in devices]
         except BackendError as e:
             return str(e)
@@ -90,7 +93,7 @@ class TensorRtBackend:
 
     def open(self, model: Model, place: Place) -> Session:
         """The plan of the cache, or one that is built now. The first takes seconds, the second perhaps minutes."""
-        trt, (library, devices) = self._library(), self._devices()
+        (library, devices), trt = self._devices(), self._library()
         graph = graph_of(model, self.precision)
         if place.device >= len(devices):
             raise BackendError(f"there is no GPU {place.device}: this machine has {len(devices)}")
@@ -146,7 +149,7 @@ class TensorRtBackend:
         try:
             trt = self._find_module(self.name)
         except ModuleNotFoundError:
-            raise BackendError(_INSTALL[self.name]) from None
+            raise BackendError(f"{title} is not installed: {_EXTRA[self.name]}") from None
         except _BROKEN as e:
             raise BackendError(
                 f"{title} is installed, but its libraries cannot be loaded ({type(e).__name__})"
@@ -161,7 +164,7 @@ class TensorRtBackend:
         try:
             library = self._find_cuda()
         except _BROKEN:
-            raise BackendError("cuda-bindings is not installed: it comes with dicom-node[rtx] and [tensorrt]") from None
+            raise BackendError(f"{_TITLE[self.name]}'s cuda-bindings is not installed: {_EXTRA[self.name]}") from None
         return library, cuda.find_devices(library)
 
 

@@ -118,6 +118,11 @@ def shorten(text: str) -> str:
     return plain if len(plain) <= _MAX_TEXT else f"{plain[: _MAX_TEXT - 1]}…"
 
 
+def kind_of(e: BaseException) -> str:
+    """Of what a library raised; a name that it lacks tells which version it is."""
+    return f"no {e.name}" if isinstance(e, AttributeError) and e.name else type(e).__name__
+
+
 def build_widest(
     trt: Any, graph: bytes, model: Model, batches: Batches, settings: Settings, *, seconds: float, timing: bytes = b""
 ) -> Built:
@@ -167,7 +172,7 @@ def build(
         del parser  # not sooner: the network's weights are the parser's
         return Built(bytes(plan), batches, inputs, outputs, learnt, time.monotonic() - started)
     except LIBRARY_ERRORS as e:
-        raise BackendError(f"model {model.name}: TensorRT failed ({type(e).__name__}): {logger.said()}") from None
+        raise BackendError(f"model {model.name}: TensorRT failed ({kind_of(e)}): {logger.said()}") from None
 
 
 def _creation_flags(trt: Any) -> int:
@@ -221,7 +226,7 @@ def _profile(builder: Any, network: Any, model: Model, batches: Batches) -> tupl
     if fixed:  # exported for one batch: it keeps that
         if len(fixed) > 1 or any(shape[0] == -1 for shape in shapes.values()):
             raise PackageError(f"model {model.name}: its inputs do not have one batch")
-        batch = fixed.pop()
+        (batch,) = fixed
         batches = Batches(batch, batch, batch)
     for index in range(network.num_outputs):
         tensor = network.get_output(index)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dicom_node.errors import BackendError, PackageError
 from dicom_node.runtime import Model
 from dicom_node.runtime.cuda import Gpu, view
-from dicom_node.runtime.tensorrt_build import LIBRARY_ERRORS, Batches, make_logger
+from dicom_node.runtime.tensorrt_build import LIBRARY_ERRORS, Batches, kind_of, make_logger
 
 
 class PlanRefusedError(BackendError):
@@ -66,7 +66,7 @@ class TensorRtSession:
             self._load(plan)
         except LIBRARY_ERRORS as e:
             self.close()
-            raise BackendError(f"{self._who()} failed ({type(e).__name__}): {self._logger.said()}") from None
+            raise BackendError(f"{self._who()} failed ({kind_of(e)}): {self._logger.said()}") from None
         except BaseException:
             self.close()
             raise
@@ -214,7 +214,7 @@ class TensorRtSession:
                 for tensor in self._outputs:
                     answers[tensor.name][start : start + rows] = tensor.host[:rows]
         except LIBRARY_ERRORS as e:
-            self._broken = f"{self._who()} failed ({type(e).__name__}): {self._logger.said()}"
+            self._broken = f"{self._who()} failed ({kind_of(e)}): {self._logger.said()}"
             raise BackendError(self._broken) from None
         except BackendError as e:
             self._broken = f"{self._who()} on a batch of {count}: {e}"
