@@ -21,7 +21,7 @@ from typing import Any
 
 from dicom_node import packages
 from dicom_node.config import Config
-from dicom_node.errors import NodeError
+from dicom_node.errors import NodeError, UnknownTargetError
 from dicom_node.runtime.backends import known
 from dicom_node.service import bench_table as table
 from dicom_node.service.bench_child import Child, ChildError, durations, phantom, training
@@ -72,6 +72,9 @@ def bench(config: Config, asked: Asked, say: Say) -> tuple[dict[str, Any], bool]
     tasks = [asked.task] if asked.task else sorted(packages.find_tasks(config.engines.path))
     for task in tasks:
         task_folder(config, task)
+    names = list(dict.fromkeys(backend.name for backend in known("auto")))
+    if strange := [name for name in asked.backends if name not in names]:
+        raise UnknownTargetError(f"no backend {strange[0][:32]!r} ({', '.join(names)})")
     wanted = [b for b in known("auto") if not asked.backends or b.name in asked.backends]
     ways = [(backend.name, backend.precision) for backend in wanted]
     with tempfile.TemporaryDirectory(prefix="bench-") as work:
@@ -201,7 +204,7 @@ class _Bench:
                 return
             worst = max((m["worst"] / m["tolerance"] for m in said["models"].values()), default=0.0)
             first = said.get("seconds") if row.backend != table.TORCH else None
-            row = replace(row, off=worst, first_load_s=first, build_s=said.get("builds") or None)
+            row = replace(row, off=worst, first_load_s=first, build_s=said.get("builds"))
         except ChildError as e:
             done.append(replace(row, reason=str(e)))
             return

@@ -30,7 +30,7 @@ from dicom_node.packages import ModelPackage, Task
 from dicom_node.pixels.decode import PixelDecoder
 from dicom_node.result import Refusal
 from dicom_node.runtime import Backend, Model, Place
-from dicom_node.runtime.accept import accept
+from dicom_node.runtime.accept import Accepted, accept
 from dicom_node.runtime.backends import known
 from dicom_node.runtime.guard import Guarded, bound
 from dicom_node.store.header import read_stored
@@ -67,14 +67,9 @@ class Measure:
         models, golden = deployed(Path(graphs)) if graphs else packaged(cast(ModelPackage, package))
         plans = question.get("plans")
         place = Place(int(question["threads"]), plans=Path(plans) if plans else None)
-        begun, sessions, lines = time.perf_counter(), dict[str, Guarded](), []
         try:
-            for model in models:
-                sessions[model.name] = opened(model, backend, place, golden)
-            seconds = time.perf_counter() - begun
-            for model in models:
-                session = sessions[model.name]
-                lines.append(accept(model.name, session, golden, model.tolerance[session.precision], model.outputs))
+            sessions, seconds, builds = _opened(models, backend, place, golden)
+            lines = [_accepted(model, sessions[model.name], golden) for model in models]
         except (PackageError, BackendError) as e:
             return {"status": REFUSED, "reason": str(e), "version": backend.version()}
         inputs = {m.name: {key: golden[f"{m.name}.{key}"] for key in m.inputs} for m in models}
@@ -84,7 +79,7 @@ class Measure:
         return {
             "status": ACCEPTED, "reason": "", "version": backend.version(), "seconds": seconds,
             "models": {line.model: {"worst": line.worst, "tolerance": line.tolerance} for line in lines},
-            "builds": 0.0,
+            "builds": builds,
             **timing.memory(),
         }  # fmt: skip
 
@@ -108,12 +103,36 @@ def _backend(name: str, precision: str) -> Backend:
     raise BackendError("this version has no such backend")
 
 
+def _opened(
+    models: Sequence[Model], backend: Backend, place: Place, golden: Golden
+) -> tuple[dict[str, Guarded], float, float | None]:
+    """Every model, the seconds of the first load, and those of them that went into plans: what a second load saves."""
+    before, begun = _plans(place), time.perf_counter()
+    sessions = {model.name: opened(model, backend, place, golden) for model in models}
+    first = time.perf_counter() - begun
+    if _plans(place) == before:
+        return sessions, first, None
+    for session in sessions.values():
+        session.close()
+    begun = time.perf_counter()
+    sessions = {model.name: opened(model, backend, place, golden) for model in models}
+    return sessions, first, max(0.0, first - (time.perf_counter() - begun))
+
+
+def _plans(place: Place) -> set[str]:
+    return {path.name for path in place.plans.glob("*.plan")} if place.plans is not None else set()
+
+
+def _accepted(model: Model, session: Guarded, golden: Golden) -> Accepted:
+    return accept(model.name, session, golden, model.tolerance[session.precision], model.outputs)
+
+
 def opened(model: Model, backend: Backend, place: Place, golden: Golden) -> Guarded:
     """As the worker has it. A model without a graph at this precision runs at fp32 on the same backend."""
     if not {backend.precision} <= model.graphs.keys() & model.tolerance.keys():
         backend = _backend(backend.name, "fp32")
     outputs = {name: golden[f"{model.name}.{name}"].shape[1:] for name in model.outputs}
-    return Guarded(backend.open(model, place), model, outputs, bound(model, place))
+    return Guarded(backend.open(model, place), model, outputs, bound(model, place, backend.name))
 
 
 # -- graphs

@@ -15,7 +15,8 @@ from typing import Any
 from dicom_node import packages
 from dicom_node.errors import BackendError, PackageError
 from dicom_node.runtime import Model, Place
-from dicom_node.runtime.tensorrt import Settings, TensorRtBackend
+from dicom_node.runtime.tensorrt import TensorRtBackend
+from dicom_node.runtime.tensorrt_build import Settings
 from dicom_node.worker import timing
 from dicom_node.worker.engines import models_of
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from engines.training import deploy
-from engines.training.eager import FOREIGN, How, prepared
+from engines.training.eager import FOREIGN, VARIANTS, How, prepared
 
 ROUNDS = 5
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -58,7 +58,8 @@ def examine(tasks: Sequence[str], presets: Sequence[str], device: str, seconds: 
     """Ceilings and rows. TF32 is off: its ten bits of mantissa would pass for single precision."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     limits = ceilings(device, seconds)
-    rows = [row for preset in presets for task in tasks for row in network(task, preset, device, seconds, limits)]
+    ways = variants_of(device)
+    rows = [row for preset in presets for task in tasks for row in network(task, preset, device, seconds, limits, ways)]
     return {"device": about(device), "ceilings": limits, "rows": [asdict(row) for row in rows]}
 
 
@@ -181,13 +182,19 @@ def work(model: nn.Module, x: Tensor) -> Work:
 # -- one network
 
 
-def network(task: str, preset: str, device: str, seconds: float, limits: dict[str, float]) -> list[Row]:
+def variants_of(device: str) -> tuple[str, ...]:
+    """The ways in which torch can run a network there."""
+    return VARIANTS if device.startswith("cuda") else tuple(v for v in VARIANTS if v != "graph")
+
+
+def network(
+    task: str, preset: str, device: str, seconds: float, limits: dict[str, float], variants: Sequence[str]
+) -> list[Row]:
     """The largest network of a task, in every way that this device can run it."""
     made = deploy.build(task, preset)
     costs = {name: work(net, torch.from_numpy(made.inputs[name][:1])) for name, net in made.networks.items()}
     name = max(costs, key=lambda n: costs[n].flops)
     x = torch.from_numpy(made.inputs[name][:1]).to(device)
-    variants = ("eager", "compile", "graph") if device.startswith("cuda") else ("eager", "compile")
     rows: list[Row] = []
     for precision in DTYPES:
         calls: dict[str, Any] = {}

@@ -46,7 +46,7 @@ def test_every_model_of_the_package_is_there_and_answers_sanely(task: str) -> No
 
 
 def test_the_same_preset_is_the_same_network_every_time() -> None:
-    one, other = (deploy.build("testis_noa", "nano").networks["classifier"].state_dict() for _ in range(2))
+    one, other = (deploy.build("renal_ceus", "nano").networks["classifier"].state_dict() for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -126,8 +126,25 @@ def test_views_move_nothing() -> None:
 
 
 def test_rows_of_a_device_name_a_ratio_to_eager_and_a_share_of_the_ceiling() -> None:
-    rows = device.network("renal_ceus", "nano", "cpu", 0.05, {"fp32": 1e11, "fp16": 1e11, "bytes": 1e10})
+    limits = {"fp32": 1e11, "fp16": 1e11, "bytes": 1e10}
+    rows = device.network("renal_ceus", "nano", "cpu", 0.02, limits, ["eager"])
     eager_rows = [r for r in rows if (r.variant, r.precision, r.batch) == ("eager", "fp32", 1)]
     assert eager_rows[0].against_eager == 1.0
     assert eager_rows[0].of_flops == pytest.approx(eager_rows[0].flops / 1e11)
-    assert {r.variant for r in rows} == {"eager", "compile"}  # a CUDA graph is asked of no CPU
+    assert {(r.variant, r.precision, r.reason) for r in rows} == {("eager", "fp32", ""), ("eager", "fp16", "")}
+
+
+def test_a_cuda_graph_is_asked_of_no_processor() -> None:
+    assert device.variants_of("cpu") == ("eager", "compile")
+    assert device.variants_of("cuda") == ("eager", "compile", "graph")
+
+
+def test_a_way_that_fails_says_why_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(network: Any) -> Any:
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    limits = {"fp32": 1e11, "fp16": 1e11, "bytes": 1e10}
+    rows = device.network("renal_ceus", "nano", "cpu", 0.02, limits, ["eager", "compile"])
+    assert {r.reason for r in rows if r.variant == "compile"} == {"RuntimeError: no compiler here"}
+    assert any(r.variant == "eager" and r.milliseconds > 0 for r in rows)

@@ -154,7 +154,7 @@ for line in pipe:
     elif asked["do"] == "open":
         if backend == "hangs":
             time.sleep(600)
-        answer = {"status": "accepted", "reason": "", "version": "1", "seconds": 0.5, "builds": 0,
+        answer = {"status": "accepted", "reason": "", "version": "1", "seconds": 0.5, "builds": None,
                   "models": {"classifier": {"worst": 1e-6, "tolerance": 1e-3}}}
         if torch:
             del answer["status"]
@@ -257,6 +257,7 @@ def test_an_unknown_task_is_told_before_anything_is_started(config, fakes):
     with pytest.raises(UnknownTargetError):
         bench.bench(configuration.load(config), bench.Asked("no_such"), lambda _: None)
     assert main(["engines", "bench", "no_such", "--config", str(config)]) == 4
+    assert main(["engines", "bench", "--backend", "no_such", "--config", str(config)]) == 4
 
 
 @pytest.mark.parametrize(("gate", "held", "code"), [([], False, 0), (["--gate"], False, 1), (["--gate"], True, 0)])
