@@ -90,7 +90,29 @@ def _parser() -> argparse.ArgumentParser:
         "verify", parents=[common, printing], help="hash every package again and replay its golden cases"
     )
     verify.add_argument("task", nargs="?", metavar="TASK")
+    build = actions.add_parser(
+        "build", parents=[common, printing], help="compile the plans that this machine's backends need, ahead of time"
+    )
+    build.add_argument("task", nargs="?", metavar="TASK")
+    build.add_argument("--sm", type=int, metavar="N", help="for a GPU that is not here, by compute capability (86)")
+    bench = actions.add_parser("bench", parents=[common, printing], help="time every engine on every backend")
+    _bench_options(bench)
     return parser
+
+
+def _bench_options(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("task", nargs="?", metavar="TASK")
+    bench.add_argument(
+        "--preset", action="append", choices=["demo", "paper", "nano"], help="default: demo; may be given again"
+    )
+    bench.add_argument(
+        "--backend", action="append", default=[], metavar="NAME", help="only this one; may be given again"
+    )
+    bench.add_argument("--seconds", type=float, default=3.0, metavar="N", help="of timing for each row; default: 3")
+    bench.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds; default: 7")
+    bench.add_argument("--threads", type=int, default=0, metavar="N", help="of each backend; default: as a worker has")
+    bench.add_argument("--graphs", type=Path, metavar="DIR", help="keep exported graphs here, and use them again")
+    bench.add_argument("--gate", action="store_true", help="exit 1 unless every target on ratios holds")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,10 +215,31 @@ def _engines(args: argparse.Namespace, config: Any) -> int:
     if args.action == "verify":
         verified, code = operate.engines_verify(config, args.task)
         return _show(args, verified, operate.verify_text, code)
+    if args.action == "build":
+        from dicom_node.service import building
+
+        built, code = building.build(config, args.task, args.sm)
+        return _show(args, built, building.text, code)
+    if args.action == "bench":
+        return _bench(args, config)
     if args.action in ("activate", "rollback"):
         print(operate.switch(config, args.action, args.task, getattr(args, "version", "")))
         return 0
     return _show(args, operate.engines_list(config), operate.engines_text)
+
+
+def _bench(args: argparse.Namespace, config: Any) -> int:
+    from dicom_node.service import bench, bench_table
+
+    if args.seconds <= 0 or args.rounds < 1 or args.threads < 0:
+        print("dicom-node engines bench: --seconds above 0, --rounds of 1 and more", file=sys.stderr)
+        return 2
+    asked = bench.Asked(
+        args.task, tuple(dict.fromkeys(args.preset or ["demo"])), tuple(args.backend), args.seconds, args.rounds,
+        args.threads, args.graphs,
+    )  # fmt: skip
+    answer, held = bench.bench(config, asked, lambda line: print(line, file=sys.stderr, flush=True))
+    return _show(args, answer, bench_table.text, 0 if held or not args.gate else 1)
 
 
 def _show(args: argparse.Namespace, answer: Any, text: Any, code: int = 0) -> int:

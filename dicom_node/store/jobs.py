@@ -122,6 +122,9 @@ def put_next(
 
 def claim(tx: sa.Connection, stage: Stage, now: float, lease_seconds: float) -> Job | None:
     """The most urgent job that may run: READY and due, or with a lease that ran out; none of a held study."""
+    open_ = job.c.state.in_((JobState.READY, JobState.RUNNING))
+    if tx.execute(sa.select(job.c.id).where(job.c.stage == stage, open_).limit(1)).first() is None:
+        return None  # every stage asks every second: a node at rest must not pay for what a claim takes
     _bury(tx, stage, now)
     due = sa.or_(
         sa.and_(job.c.state == JobState.READY, job.c.run_at <= now),

@@ -21,9 +21,11 @@ from engines.training import stats
 from engines.training.fusion import Term, fit_fusion
 from engines.training.headers import MemoryReader, instance_of
 from engines.training.nuisance import image_statistics
-from engines.training.recipe import Recipe, Run, Sample, Settings
+from engines.training.recipe import Recipe, Run, Sample, Settings, plan_of
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from engines.training.cohort import Cohort
 
 PLACE = (28, 28)
@@ -83,6 +85,11 @@ class TestisNoa(Recipe):
         return [*super().sources(), Path(dicom.__file__)]
 
     # -- training
+
+    def networks(self, preset: str) -> dict[str, nn.Module]:
+        from engines.training import locator
+
+        return super().networks(preset) | {locator.MODEL: locator.untrained(plan_of(self.task)["locator"]["width"])}
 
     def fit(self, run: Run) -> None:
         """The network that is shipped; one for each fold where patients are known; the locator where outlines are."""

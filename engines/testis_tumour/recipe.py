@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from dicom_node.pixels.grey import resize
 from dicom_node.result import Refusal
 from engines.testis_tumour import engine, objects, phantom, samples
-from engines.training.recipe import Recipe, Run, Sample, Settings, task_folder
+from engines.training.recipe import Recipe, Run, Sample, Settings, plan_of, task_folder
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from engines.testis_tumour.chain import Chain
     from engines.training.cohort import Cohort
     from engines.training.signature import Signature
@@ -67,6 +69,23 @@ class TestisTumour(Recipe):
         return [*super().sources()[:1], *(task_folder(self.task) / name for name in names)]
 
     # -- training
+
+    def networks(self, preset: str) -> dict[str, nn.Module]:
+        """A signature of every fifth feature, on the scale of the golden cases, stands for the one a fit selects."""
+        from engines.testis_tumour import network
+        from engines.training import locator
+
+        presets = plan_of(self.task)["presets"]
+        with np.load(task_folder(self.task) / "model" / "golden.npz", allow_pickle=False) as golden:
+            table = golden["radiomics.x"]
+        centre, scale = table.mean(axis=0), np.maximum(table.std(axis=0), 1e-3 + np.abs(table).mean(axis=0) / 10)
+        columns = range(0, len(engine.FEATURES), 5)
+        terms = [network.Term(k, False, float(centre[k]), float(scale[k]), 0.1) for k in columns]
+        return {
+            "locator": locator.untrained(presets[preset]["locator"]["width"]),
+            "superres": self.network(preset),
+            "radiomics": network.Radiomics(terms, 0.0),
+        }
 
     def fit(self, run: Run) -> None:
         import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,10 @@ from engines.thyroid_cine import dicom, engine, phantom, segmentation
 from engines.training import dicomfile
 from engines.training.headers import MemoryReader, instance_of
 from engines.training.nuisance import image_statistics
-from engines.training.recipe import Recipe, Run, Sample, Settings
+from engines.training.recipe import Recipe, Run, Sample, Settings, plan_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 GRID = (4, 14, 14)
 JITTER = 0.08
@@ -79,6 +82,11 @@ class ThyroidCine(Recipe):
         return [*super().sources(), Path(dicom.__file__)]
 
     # -- training and package: the classifier is the default one; beside it stands a locator
+
+    def networks(self, preset: str) -> dict[str, nn.Module]:
+        from engines.training import locator
+
+        return super().networks(preset) | {locator.MODEL: locator.untrained(plan_of(self.task)["locator"]["width"])}
 
     def fit(self, run: Run) -> None:
         from engines.training import locator

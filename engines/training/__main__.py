@@ -1,4 +1,4 @@
-"""`python -m engines.training`: phantom, fit, evaluate, export, package, reproduce, compare, sign. Parses and calls.
+"""`python -m engines.training`: phantom, fit, evaluate, export, package, reproduce, compare, deploy, sign. It calls.
 
 `phantom` needs only what the node needs; the other verbs need the `train` extra and import it when they run.
 """
@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from engines.training.recipe import Run, recipe_of, task_folder
+
+PRECISIONS = ("fp32", "fp16")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,6 +40,23 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--real", type=Path, action="append", default=[], help="folder of real files for the gate")
         sub.add_argument("--readers", type=Path, default=None, help="CSV of readers' scores on the test cohort")
         sub.add_argument("--out", type=Path, default=None, help="package folder (default: the task's model/)")
+    sub = verbs.add_parser("deploy", help="export the graphs of a preset with weights of a fixed seed, for timing")
+    _untrained_options(sub)
+    sub.add_argument("--out", type=Path, required=True, help="folder; the path of every file is printed")
+    sub.add_argument("--precision", choices=PRECISIONS, action="append", help="default: each")
+    sub = verbs.add_parser("eager", help="the same networks in torch, timed over a pipe: started by `engines bench`")
+    _untrained_options(sub)
+    sub.add_argument("--threads", type=int, default=1, help="threads of torch")
+    sub.add_argument("--graphs", type=Path, required=True, help="what `deploy` wrote")
+    sub.add_argument("--device", default="cpu", help="cpu | cuda")
+    sub.add_argument("--variant", choices=("eager", "compile", "graph"), default="eager")
+    sub.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    sub.add_argument("--fd", type=int, required=True, help="an inherited socket")
+    sub = verbs.add_parser("device", help="what torch reaches on a device, against its ceilings; prints JSON")
+    sub.add_argument("task", help="a task, or `all`")
+    sub.add_argument("--preset", action="append", help="default: demo; may be given again")
+    sub.add_argument("--device", default="cuda", help="cpu | cuda")
+    sub.add_argument("--seconds", type=float, default=2.0, help="of timing for each figure")
     sub = verbs.add_parser("labels", help="write the table of labels of a collection with a folder for each class")
     sub.add_argument("source", type=Path)
     sub.add_argument("--negative", required=True, help="name of the folder of label 0")
@@ -46,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("package", type=Path, help="package folder")
     sub.add_argument("--key", type=Path, required=True, help="private key, PEM; the file's stem is the key_id")
     return top
+
+
+def _untrained_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("task")
+    sub.add_argument("--preset", default="demo", help="a preset of the task's network")
 
 
 def _phantom_options(sub: argparse.ArgumentParser) -> None:
@@ -90,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"{args.key.stem}.pub: {package.sign(args.package, args.key)}")
         return 0
-    every = args.verb in ("reproduce", "compare") and args.task == "all"
+    every = args.verb in ("reproduce", "compare", "device") and args.task == "all"
     if not every and not (args.task.isidentifier() and (task_folder(args.task) / "recipe.py").is_file()):
         print(f"no such task: {args.task}", file=sys.stderr)
         return 2
@@ -103,9 +128,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         print("training needs the extra: pip install 'dicom-node[train]'", file=sys.stderr)
         return 1
+    if args.verb in ("deploy", "eager", "device"):
+        return _untrained(args)
     from engines.training import verbs
 
     return verbs.run(args.verb, _run_of(args))
+
+
+def _untrained(args: argparse.Namespace) -> int:
+    if args.verb == "deploy":
+        from engines.training import deploy
+
+        for path in deploy.write(args.task, args.preset, args.out, args.precision or PRECISIONS):
+            print(path)
+        return 0
+    if args.verb == "device":
+        from engines.training import device
+
+        tasks = (
+            sorted(p.parent.name for p in task_folder("").glob("*/training.yaml"))
+            if args.task == "all"
+            else [args.task]
+        )
+        print(json.dumps(device.examine(tasks, args.preset or ["demo"], args.device, args.seconds)))
+        return 0
+    from engines.training import eager
+
+    how = eager.How(args.device, args.variant, args.precision, args.threads)
+    return eager.serve(args.task, args.preset, args.graphs, how, args.fd)
 
 
 if __name__ == "__main__":

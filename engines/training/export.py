@@ -30,7 +30,7 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}
 """Largest absolute difference of a logit, as in the manifest."""
 
 
-class _Half(nn.Module):
+class Half(nn.Module):
     """Half precision behind casts: single precision at the border."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,15 +62,21 @@ def classifier(recipe: Recipe, run: Run) -> dict[str, Any]:
     return {"fuse_error": fused, "parity": parity(deployed, paths, sample), "parameters": parameters}
 
 
-def export(model: nn.Module, example: NDArray[np.float32], outputs: tuple[str, ...], folder: Path) -> dict[str, Path]:
-    """Write fp32.onnx and fp16.onnx of a deployed network; `example` has batch 2."""
+def export(
+    model: nn.Module,
+    example: NDArray[np.float32],
+    outputs: tuple[str, ...],
+    folder: Path,
+    precisions: tuple[str, ...] = tuple(TOLERANCE),
+) -> dict[str, Path]:
+    """Write a graph of a deployed network for each precision (fp32.onnx, fp16.onnx); `example` has batch 2."""
     if len(example) != 2:
         raise ValueError("export: the example needs batch 2")
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
-    for precision in TOLERANCE:
+    for precision in precisions:
         copied = _copy(model)
-        graph = copied if precision == "fp32" else _Half(copied)
+        graph = copied if precision == "fp32" else Half(copied)
         path = folder / f"{precision}.onnx"
         with contextlib.redirect_stdout(io.StringIO()):
             torch.onnx.export(

@@ -95,6 +95,11 @@ class _Probability(nn.Module):
         return torch.sigmoid(self.module(x))
 
 
+def untrained(width: int) -> nn.Module:
+    """What is exported, with weights as they begin: for timing."""
+    return _Probability(TinyUNet(width))
+
+
 # --- fit -------------------------------------------------------------------------------------------------------------
 
 

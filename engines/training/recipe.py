@@ -73,9 +73,7 @@ class Run:
     @property
     def plan(self) -> dict[str, Any]:
         """training.yaml of the task."""
-        text = (task_folder(self.task) / "training.yaml").read_text("utf-8")
-        plan: dict[str, Any] = yaml.safe_load(text)
-        return plan
+        return plan_of(self.task)
 
     @property
     def checkpoint(self) -> Path:
@@ -130,6 +128,11 @@ class Recipe:
         """The train form of a preset."""
         module: nn.Module = importlib.import_module(f"engines.{self.task}.network").build(preset)
         return module
+
+    def networks(self, preset: str) -> dict[str, nn.Module]:
+        """Every network of a package of this preset by the name of its model, with weights as they begin: what
+        `deploy` times. One that has no `deploy()` is exported as it is."""
+        return {self.explained: self.network(preset)}
 
     def augment(
         self, x: NDArray[np.float32], place: NDArray[np.float32], rng: np.random.Generator
@@ -200,6 +203,12 @@ class Recipe:
         engine: Any = engine_of(self.task)
         images = [(resize(g, engine.INPUT_SIZE) / 255 - engine.MEAN) / engine.STD for g in grey]
         return np.asarray(np.stack(images)[:, None], np.float32)
+
+
+def plan_of(task: str) -> dict[str, Any]:
+    """training.yaml of a task."""
+    plan: dict[str, Any] = yaml.safe_load((task_folder(task) / "training.yaml").read_text("utf-8"))
+    return plan
 
 
 def task_folder(task: str) -> Path:
