@@ -93,6 +93,17 @@ def test_the_fastest_accepted_backend_serves_and_all_that_were_tried_are_told(od
     assert bench.kept[-1]["tiny"]["backend"] == "openvino"
 
 
+@pytest.mark.parametrize(("runtime", "backend", "first"), [("auto", "onnx", None), ("openvino", "openvino", 1.0)])
+def test_a_backend_that_is_named_serves_where_it_is_accepted_and_no_race_is_run(
+    odd: Callable[..., Odd], runtime: str, backend: str, first: float | None
+) -> None:
+    bench = odd(first={"cuda": "missing", "openvino": "slow"}, runtime=runtime)
+    assert bench.client.ready(60)["tiny"]["backend"] == backend
+    shown = bench.metrics.exposition().decode()
+    assert ('dicom_node_engine_first_choice{engine="tiny"} 1.0' in shown) == (first == 1.0)
+    assert ("dicom_node_engine_first_choice{" in shown) == (first is not None)
+
+
 @pytest.mark.parametrize(
     ("mode", "said"),
     [("raise", "the device is gone"), ("leak", "KeyError"), ("nan", "holds NaN"), ("shape", "is float32 (1, 1")],
@@ -170,6 +181,7 @@ def test_a_backend_that_takes_the_worker_with_it_is_left_out_of_every_later_chil
     assert [line["backend"] for line in bench.log.of("backend_dropped")] == ["cuda"]
 
 
+@pytest.mark.long
 def test_a_crash_outside_any_backend_leaves_all_of_them_in_place(odd: Callable[..., Odd]) -> None:
     bench = odd()
     bench.client.ready(60)
@@ -179,6 +191,7 @@ def test_a_crash_outside_any_backend_leaves_all_of_them_in_place(odd: Callable[.
     assert bench.said == []
 
 
+@pytest.mark.long
 def test_of_engines_loaded_side_by_side_the_backend_that_crashes_is_found(odd: Callable[..., Odd]) -> None:
     bench = odd("one", "three", "two", first={"cuda": "load-crash"})
     told = bench.client.ready(120)
@@ -207,6 +220,7 @@ def test_a_backend_that_drifts_is_found_by_the_replay_and_left(odd: Callable[...
     assert (after[0], after[1]) == ("openvino", before[1])
 
 
+@pytest.mark.long
 def test_a_backend_that_hangs_in_the_replay_is_left_too(odd: Callable[..., Odd]) -> None:
     bench = odd()
     bench.client.ready(60)

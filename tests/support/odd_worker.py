@@ -1,7 +1,7 @@
 """A worker whose backends do what a file tells them: `python -m odd_worker`, started by WorkerClient(module=…).
 
 `ODD_BACKENDS` names a JSON file {backend: behaviour}, read at every call, so that a backend that was accepted can turn.
-Behaviours: "" (sound), missing, load-crash, refuse, lie, raise, leak, nan, shape, crash, hang.
+Behaviours: "" (sound), missing, load-crash, refuse, lie, raise, leak, nan, shape, crash, hang, slow.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class OddSession:
         if mode == "leak":
             raise KeyError("DOE^JANE")
         answer = self._inner.run(inputs)
-        time.sleep(self._seconds)
+        time.sleep(0.1 if mode == "slow" else self._seconds)
         if mode == "lie":
             return {name: array + np.float32(0.5) for name, array in answer.items()}
         if mode == "nan":
