@@ -139,7 +139,8 @@ CATALOGUE: dict[str, Metric] = {
         ),
         _counter(
             "backend_changes",
-            "Times an engine left a backend: crash, deadline, answer, drift, missing, refused, slower or package.",
+            "Times an engine left a backend: crash, deadline, answer, drift, missing, refused, slower or package; "
+            "plan: it stayed, but its compiled plan was refused and built again.",
             "engine",
             "backend",
             "reason",

@@ -346,7 +346,7 @@ def test_engines_list_shows_the_table_of_the_last_worker(tmp_path: Path) -> None
     line = {"model": "classifier", "backend": "onnx", "precision": "fp32", "cases": 3, "worst": 0.0, "tolerance": 1e-3}
     tried = [
         {"backend": name, "precision": "fp32", "version": "1", "status": status, "reason": reason,
-         "lines": [line] if status == "accepted" else [], "load_seconds": 0.1, "milliseconds": 2.0}
+         "lines": [line] if status == "accepted" else [], "notes": [], "load_seconds": 0.1, "milliseconds": 2.0}
         for name, status, reason in (
             ("cuda", "not here", "no CUDA device"), ("openvino", "excluded", "it hung"), ("onnx", "accepted", "")
         )

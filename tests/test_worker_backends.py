@@ -249,7 +249,7 @@ def test_a_backend_taken_out_under_a_running_node_is_an_event_when_the_worker_st
 def told(backend: str = "openvino", digest: str = "a" * 64, **status: str) -> dict[str, Any]:
     tried = [
         {"backend": b, "precision": "fp32", "version": "1", "status": status.get(b, "accepted"), "reason": "why",
-         "lines": [], "load_seconds": 0.1, "milliseconds": 1.0}
+         "lines": [], "notes": [], "load_seconds": 0.1, "milliseconds": 1.0}
         for b in ("openvino", "onnx")
     ]  # fmt: skip
     return {
@@ -305,6 +305,15 @@ def test_words_of_a_child_become_neither_labels_nor_lines() -> None:
     assert "\n" not in room.said[0] and "\x1b" not in room.said[0]
     assert len(room.said[0]) < 400
     assert room.metrics.value(CHANGES, engine="t", backend="other", reason="answer") == 1
+
+
+def test_a_plan_that_had_to_be_built_again_is_told_though_nothing_changed() -> None:
+    room, after = Room(), told()
+    refused = "model classifier: plan cache: a plan was refused and is built again (its digest differs)"
+    after["tried"][0]["notes"] = ["model classifier: batch 1 is run without a CUDA graph", refused]
+    room.standing.tell(0, {"t": after})
+    assert room.said == [f"t: openvino serves on; {refused}"]
+    assert room.metrics.value(CHANGES, engine="t", backend="openvino", reason="plan") == 1
 
 
 @pytest.mark.parametrize(

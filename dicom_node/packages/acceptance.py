@@ -45,6 +45,7 @@ class TriedBackend(_Said):
     version: Annotated[str, Field(max_length=120)]
     status: Literal["accepted", "refused", "not here", "excluded"]
     reason: Text
+    notes: Annotated[tuple[Text, ...], Field(max_length=8)]
     lines: Annotated[tuple[Line, ...], Field(max_length=64)]
     load_seconds: float
     milliseconds: float

@@ -10,11 +10,10 @@ from dicom_node.errors import PackageError
 from dicom_node.packages import acceptance
 from dicom_node.packages.install import history, installed
 from dicom_node.packages.load import active_package, find_tasks, load_task
-from dicom_node.runtime.backends import NOT_EXECUTED_BY_US
 
 BACKENDS = ("tensorrt", "tensorrt_rtx", "cuda", "openvino", "onnx")
-NOT_EXECUTED = NOT_EXECUTED_BY_US | {"tensorrt", "tensorrt_rtx"}
-"""Said until the machine it runs on has done it."""
+NOT_EXECUTED = frozenset({"tensorrt", "tensorrt_rtx", "cuda"})
+"""By those who made this version; said until the machine it runs on has done it."""
 
 
 def engines_list(config: Config) -> list[dict[str, Any]]:

@@ -237,6 +237,7 @@ def _tried_lines(tried: list[Answer]) -> list[str]:
         name = f"{t['backend']} {t['precision']}"
         cost = f"{t['milliseconds']:.1f} ms, loaded in {t['load_seconds']:.1f} s" if t["milliseconds"] else ""
         lines.append(f"    {name:<19}{t['status']:<10}{t['reason'] or cost}")
+        lines += [f"      {note}" for note in t["notes"]]
         for line in t["lines"]:
             said = f"{line['cases']} golden cases, worst {line['worst']:.1e} of {line['tolerance']:.1e} allowed: ok"
             lines.append(f"      {line['model']:<17}{said}")

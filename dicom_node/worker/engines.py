@@ -11,7 +11,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +25,7 @@ from dicom_node.packages import ModelPackage, Task
 from dicom_node.pixels.decode import PixelDecoder, PixelsUndecodableError
 from dicom_node.result import ClinicalInput, Refusal, Result
 from dicom_node.runtime import Backend, Model, Place
-from dicom_node.runtime.accept import Judge, check_head
+from dicom_node.runtime.accept import Accepted, Judge, check_head
 from dicom_node.runtime.choose import Chosen, Tried, choose, replay
 from dicom_node.study import Study
 from dicom_node.worker.answers import Answers, At, Reference, is_reference, reference_of
@@ -69,9 +69,9 @@ class Loaded:
         return {
             "error": "",
             **self.about(),
-            "library": used.version,
-            "accepted": [asdict(line) for line in used.lines],
-            "tried": [asdict(tried) for tried in self.chosen.tried],
+            "library": used.version[:120],
+            "accepted": [_line(line) for line in used.lines],
+            "tried": [_tried(tried) for tried in self.chosen.tried],
             "seconds": round(self.seconds, 3),
         }
 
@@ -209,6 +209,26 @@ def load_engine(
         loaded.close()
         raise
     return loaded
+
+
+def _line(line: Accepted) -> dict[str, Any]:
+    """As `packages.acceptance.Line` has it."""
+    return {name: getattr(line, name) for name in ("model", "backend", "precision", "cases", "worst", "tolerance")}
+
+
+def _tried(tried: Tried) -> dict[str, Any]:
+    """As `packages.acceptance.TriedBackend` has it; texts are cut to what it takes."""
+    return {
+        "backend": tried.backend,
+        "precision": tried.precision,
+        "version": tried.version[:120],
+        "status": tried.status,
+        "reason": tried.reason[:400],
+        "notes": [note[:400] for note in tried.notes[:8]],
+        "lines": [_line(line) for line in tried.lines],
+        "load_seconds": tried.load_seconds,
+        "milliseconds": tried.milliseconds,
+    }
 
 
 def _import_libraries(task: Task) -> None:

@@ -29,7 +29,10 @@ REASONS = {
     "refused": "it was not accepted again",
     "slower": "the other is faster now",
     "package": "another package is in use",
+    "plan": "its compiled plan was not what it should be",
 }
+_PLANS = "plan cache: "
+"""How notes on the cache of compiled plans begin (`runtime/plans.py`)."""
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\u00a0-\u024f\u2010-\u2026]")
 
 
@@ -162,11 +165,19 @@ class Standing:
         if ratios:
             labels = {"engine": task, "backend": tried["backend"], "precision": tried["precision"]}
             self._recorder.set("dicom_node_engine_acceptance_ratio", max(ratios), **labels)
+        for note in tried["notes"]:
+            self._record_note(task, tried["backend"], _UNPRINTABLE.sub("?", note)[:200])
         if tried["status"] in ("refused", "excluded"):
             self._log.warning(
                 "backend_not_used", engine=task, backend=tried["backend"], precision=tried["precision"],
                 status=tried["status"], reason=tried["reason"],
             )  # fmt: skip
+
+    def _record_note(self, task: str, backend: str, note: str) -> None:
+        self._log.warning("backend_noted", engine=task, backend=backend, text=note)
+        if _PLANS in note:  # somebody else wrote there, or the disk loses what is written
+            self._recorder.inc("dicom_node_backend_changes_total", engine=task, backend=backend, reason="plan")
+            self._changed(f"{task}: {backend} serves on; {note}")
 
 
 _BACKENDS = frozenset(acceptance.BackendName.__args__)  # type: ignore[attr-defined]
