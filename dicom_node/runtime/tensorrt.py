@@ -183,7 +183,7 @@ def graph_of(model: Model, precision: str) -> bytes:
     graph = model.graphs.get(precision)
     if graph is None:
         raise BackendError(f"model {model.name}: the package has no {precision} graph")
-    if hashlib.sha256(graph).hexdigest() != model.digests[precision]:
+    if hashlib.sha256(graph).hexdigest() != model.digests.get(precision):
         raise PackageError(f"model {model.name}: its {precision} graph does not have the SHA-256 of the manifest")
     return graph
 

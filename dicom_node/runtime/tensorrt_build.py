@@ -17,9 +17,8 @@ from typing import Any
 
 from dicom_node.errors import BackendError, PackageError
 from dicom_node.runtime import Model, Place
+from dicom_node.runtime.guard import bound
 
-VECTORS, IMAGES, VOLUMES = 1024, 16, 4
-"""Largest batch of a plan by the spatial dimensions of its inputs: none or one, two, three."""
 LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, MemoryError, AttributeError)
 """What the bindings raise: pybind11 turns a null pointer into a TypeError, an exception of C++ into a RuntimeError."""
 _MAX_TEXT = 160
@@ -86,8 +85,7 @@ class Built:
 def batches_of(model: Model, place: Place) -> Batches:
     """The profile: 1/4/16 for images, 1/1/4 for volumes, 1/16/1024 for plain vectors; the largest is the place's."""
     spatial = max((len(shape) - 1 for shape in model.shapes.values()), default=0)
-    best, most = (16, VECTORS) if spatial < 2 else (4, IMAGES) if spatial == 2 else (1, VOLUMES)
-    most = max(1, place.max_batch.get(model.name, most))
+    best, most = 16 if spatial < 2 else 4 if spatial == 2 else 1, bound(model, place)
     return Batches(1, min(best, most), most)
 
 

@@ -102,7 +102,7 @@ class TensorRtSession:
 
     def _refused(self, size: int) -> BackendError:
         said = self._logger.said()
-        if "memory" in said.lower():
+        if "outofmemory" in said.lower().replace(" ", ""):
             free = self._gpu.free_memory()
             return BackendError(f"{self._who()} cannot load its plan of {size / 1e6:,.1f} MB, {free} are free: {said}")
         return PlanRefusedError(f"{self._who()} does not take the plan: {said}")

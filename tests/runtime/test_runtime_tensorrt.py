@@ -236,6 +236,7 @@ def test_every_error_of_the_parser_is_told_without_paths() -> None:
         (graph_bytes(dtype="HALF"), {}, "x is not of single precision"),
         (graph_bytes(), {"shapes": {"x": (1, 8, 8)}}, "the golden cases have 1 x 8 x 8"),
         (graph_bytes(outputs={"logits": [1, 2], "features": [-1, 3, 2, 2]}), {}, "logits does not have the batch"),
+        (graph_bytes(), {"digests": {}}, "does not have the SHA-256 of the manifest"),
         (graph_bytes(), {"digests": {"fp32": "0" * 64}}, "does not have the SHA-256 of the manifest"),
     ],
 )

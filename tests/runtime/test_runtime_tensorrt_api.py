@@ -10,7 +10,8 @@ import fake_tensorrt
 import pytest
 import tensorrt_api
 
-from dicom_node.runtime import tensorrt
+from dicom_node.errors import BackendError
+from dicom_node.runtime import cuda, tensorrt
 from dicom_node.runtime.tensorrt_build import make_logger
 
 
@@ -88,3 +89,38 @@ def test_the_stored_functions_and_errors_are_those_of_the_installed_cuda_binding
             assert int(getattr(real, member.name)) == int(member)
     assert int(runtime.cudaStreamNonBlocking) == fake_cuda.FakeCuda.cudaStreamNonBlocking
     assert {"name", "major", "minor", "multiProcessorCount"} <= set(dir(runtime.cudaDeviceProp))
+
+
+def test_the_real_cuda_bindings_take_what_the_node_gives_them() -> None:
+    """Without a driver every call is refused by CUDA, which is after the bindings have converted its arguments."""
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed (extra [rtx])")
+    library = cuda.find_library()
+    if not int(library.cudaGetDeviceCount()[0]):
+        pytest.skip("this machine has a GPU: addresses that are made up must not reach it")
+    gpu = object.__new__(cuda.Gpu)
+    gpu._library, gpu.device = library, cuda.Device(0, "none", (8, 0), 1, "none")
+    stream, graph = library.cudaStream_t(0), library.cudaGraphExec_t(0)
+    for call in (
+        gpu.use,
+        lambda: gpu.allocate(16, "x"),
+        lambda: gpu.free(4096),
+        lambda: gpu.pin(16, "x"),
+        lambda: gpu.unpin(4096),
+        gpu.make_stream,
+        lambda: gpu.end_stream(stream),
+        lambda: gpu.copy_in(4096, 8192, 16, stream),
+        lambda: gpu.copy_out(4096, 8192, 16, stream),
+        lambda: gpu.wait(stream),
+        lambda: gpu.capture(stream, lambda: None),
+        lambda: gpu.launch(graph, stream),
+        lambda: gpu.end_graph(graph),
+    ):
+        with pytest.raises(BackendError, match=r"cudaErrorInsufficientDriver|cudaErrorNoDevice"):
+            call()
+    assert gpu.free_memory() == "an unknown amount"
+    assert int(stream) == 0
+    for function, given in (("cudaStreamEndCapture", stream), ("cudaGraphDestroy", library.cudaGraph_t(0))):
+        assert int(getattr(library, function)(given)[0])
+    assert int(library.cudaGraphInstantiate(library.cudaGraph_t(0), 0)[0])
+    with pytest.raises(BackendError, match="driver"):
+        cuda.find_devices(library)

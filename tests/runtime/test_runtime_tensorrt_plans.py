@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_engine
+from backends import tiny_judge, tiny_model, truth
 from fake_tensorrt import VERSIONS, Site, answers, graph_bytes, images, model_of
 
 from dicom_node.errors import BackendError
 from dicom_node.runtime import Place, cuda, plans
+from dicom_node.runtime.choose import Tried, choose
+from dicom_node.runtime.onnx import OnnxBackend
 from dicom_node.runtime.plans import Key, Plans
 
 KEY = Key({"library": "tensorrt_rtx", "version": "1.7", "graph": "a" * 64})
@@ -381,6 +387,35 @@ def test_a_builder_that_dies_leaves_no_lock(tmp_path: Path) -> None:
         cache.put(KEY, b"plan")
     assert cache.get(KEY) == b"plan"
     cache.close()
+
+
+def test_the_node_chooses_it_and_tells_of_a_poisoned_plan(tmp_path: Path) -> None:
+    """Through acceptance as the worker does it: right answers are accepted, and what the cache says is not lost."""
+
+    def start() -> Tried:
+        found = choose(
+            [model], tiny_engine.arrays()["golden"], "classifier", tiny_judge,
+            (site.backend(), OnnxBackend()), Place(plans=folder),
+        )  # fmt: skip
+        for session in found.sessions.values():
+            session.close()
+        return next(tried for tried in found.tried if tried.backend == "tensorrt_rtx")
+
+    model = tiny_model()
+    model = replace(model, digests={name: hashlib.sha256(data).hexdigest() for name, data in model.graphs.items()})
+    site, folder = Site(), tmp_path / "p"
+    site.library.network = json.loads(graph_bytes(outputs={"logits": [-1, 2], "features": [-1, 3, 4, 4]}))
+    site.library.computes = lambda given: dict(
+        zip(("logits", "features"), tiny_engine.answers(given["x"]), strict=True)
+    )
+    first = start()
+    assert (first.status, first.reason, first.notes, first.version) == ("accepted", "", (), "1.7.1.116")
+    flip(plan_of(folder))
+    second = start()
+    assert second.status == "accepted" and site.library.builds == 2
+    assert "a plan was refused and is built again" in second.notes[0]
+    site.library.computes = lambda given: truth(given) | {"logits": truth(given)["logits"] + 0.01}
+    assert (start().status, site.cuda.left()) == ("refused", 0)
 
 
 def test_no_configuration_names_a_plan() -> None:
