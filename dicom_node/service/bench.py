@@ -31,9 +31,10 @@ from dicom_node.service.models import task_folder
 Say = Callable[[str], None]
 PRESETS = ("demo", "paper", "nano")
 BATCHES = (2, 4, 8, 16, 32, 64)
-SLOW_MS = 4000.0
+SLOW_MS = 1500.0
 """A larger batch is not tried where a pass would take longer."""
 OPEN_SECONDS, PLAN_SECONDS = 300.0, 1800.0
+DEPLOYED = "deploy graphs of the preset, weights of a fixed seed, golden answers of torch"
 MEASURE = ["-m", "dicom_node.worker.measure"]
 LIBRARIES = (
     "numpy",
@@ -169,7 +170,10 @@ class _Bench:
             for contestant in entered:
                 self._batches(contestant)
         why = next((row.reason for row in done if row.backend == table.TORCH), why)
-        return [*_compared(entered, why), *done]
+        rows = [*_compared(entered, why), *done]
+        for row in rows:
+            self._say(table.line(row))
+        return rows
 
     def _graphs(self, task: str, preset: str, ways: list[tuple[str, str]]) -> tuple[Path | None, str]:
         """Exported by the training side, in the precisions that are wanted; or why not."""
@@ -178,13 +182,14 @@ class _Bench:
         with contextlib.suppress(OSError, ValueError, KeyError):
             models = json.loads((folder / "deploy.json").read_text("utf-8"))["models"]
             if all(p in m["precisions"] for m in models.values() for p in precisions if p in m["tolerance"]):
+                self.graphs_said = DEPLOYED
                 return folder, ""
         self._say(f"{task} {preset}: exporting its graphs")
         options = [option for p in precisions for option in ("--precision", p)]
         why = training("deploy", task, "--preset", preset, "--out", str(folder), *options)
         if why:
             return None, why
-        self.graphs_said = "deploy graphs of the preset, weights of a fixed seed, golden answers of torch"
+        self.graphs_said = DEPLOYED
         return folder, ""
 
     def _enter(
@@ -288,7 +293,9 @@ class _Bench:
             yield Case(task, "result", "", "", str(e))
             return
         for way in ways:
-            yield from self._case(task, way, files)
+            for case in self._case(task, way, files):
+                self._say(table.line(case))
+                yield case
 
     def _case(self, task: str, way: tuple[str, str], files: list[str]) -> Iterator[Case]:
         row = Row(task, "demo", *way, table.FAILED)

@@ -172,6 +172,12 @@ def text(answer: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def line(found: Row | Case) -> str:
+    """As soon as it is known: a bench takes minutes, and may be stopped."""
+    cells = _cells(asdict(found)) if isinstance(found, Row) else _case_cells(asdict(found))
+    return "  " + "  ".join(cell for cell in cells if cell)
+
+
 _HEADS = (
     "engine", "preset", "backend", "p50 ms", "p95 ms", "best /s", "batch", "RSS MB", "PSS MB", "first load s",
     "build s", "x torch eager", "(range)",
