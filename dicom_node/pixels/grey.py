@@ -76,14 +76,20 @@ def chroma(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The distance from grey per pixel: largest less smallest of R, G, B (0 for a grey frame)."""
     if frame.ndim == 2:
         return np.zeros(frame.shape, dtype=np.uint8)
-    return np.asarray(frame.max(axis=2) - frame.min(axis=2), dtype=np.uint8)
+    darkest = np.minimum(np.minimum(frame[..., 0], frame[..., 1]), frame[..., 2])
+    return np.asarray(brightest(frame) - darkest, dtype=np.uint8)
+
+
+def brightest(frame: NDArray[Any]) -> NDArray[Any]:
+    """Largest of R, G, B per pixel. Channel by channel: a reduction over an axis of three takes ten times as long."""
+    return np.asarray(np.maximum(np.maximum(frame[..., 0], frame[..., 1]), frame[..., 2]))
 
 
 def tint(frame: NDArray[np.uint8]) -> float:
     """Median chroma of the lit pixels, relative to their brightness: 0 = grey, about 0.3..0.7 = a sepia or gold map."""
     if frame.ndim == 2:
         return 0.0
-    bright = frame.max(axis=2)
+    bright = brightest(frame)
     lit = bright > _LIT
     if not lit.any():
         return 0.0
@@ -101,12 +107,15 @@ def has_color(frames: Iterable[NDArray[np.uint8]]) -> bool:
             continue
         step = max(1, math.isqrt(frame.shape[0] * frame.shape[1] // 65536))  # a flow is never one pixel wide
         frame = frame[::step, ::step]
-        bright = frame.max(axis=2)
+        bright = brightest(frame)
         lit = frame[bright > 2 * _LIT].astype(np.float32)
         if len(lit) < 64:
             continue
-        hue = np.stack([lit[:, 0] - lit[:, 1], lit[:, 2] - lit[:, 1]], axis=1) / lit.max(axis=1, keepdims=True)
-        away = np.abs(hue - np.median(hue, axis=0)).max(axis=1) > 0.35
+        most = brightest(lit)
+        away = np.zeros(len(lit), np.bool_)
+        for channel in (0, 2):
+            hue = (lit[:, channel] - lit[:, 1]) / most
+            away |= np.abs(hue - np.median(hue)) > 0.35
         # Half a per cent of what is lit and 0.2 % of the picture: calipers, a logo and measurements stay under it.
         if away.mean() > 0.005 and away.sum() > 0.002 * bright.size:
             return True

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dicom_node.pixels.grey import chroma, to_gray
+from dicom_node.pixels.grey import brightest, chroma, to_gray
 
 _SATURATED = 0.5
 """Chroma relative to brightness: sepia and gold maps stay under it, calipers are pure yellow, green, cyan or red."""
@@ -69,7 +69,7 @@ def _colored(frame: NDArray[Any]) -> NDArray[np.bool_]:
     """Lit, saturated and thin."""
     if frame.ndim == 2 or frame.dtype != np.uint8:
         return np.zeros(frame.shape[:2], dtype=np.bool_)
-    bright = frame.max(axis=2)
+    bright = brightest(frame)
     found = (bright >= _LIT) & (chroma(frame) > _SATURATED * bright)
     return _thin(found)
 
