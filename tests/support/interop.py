@@ -127,8 +127,8 @@ def pynetdicom(port: int, files: list[Path], folder: Path, tls: Tls | None) -> N
     )
     assert association.is_established
     for path in files:
-        # From the data set, as its users do: given a path, it sends the bytes as they lie or makes new ones, by a switch
-        # of the library that our own sender sets for a whole process.
+        # Given a path, it sends the bytes as they lie or makes new ones, by a switch of the library that our own sender
+        # sets for the whole process.
         status = association.send_c_store(dcmread(path)).Status
         assert status == 0, f"{path.name}: {status:#06x}"
     association.release()
