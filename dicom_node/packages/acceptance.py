@@ -43,7 +43,7 @@ class TriedBackend(_Said):
     backend: BackendName
     precision: Precision
     version: Annotated[str, Field(max_length=120)]
-    status: Literal["accepted", "refused", "not here", "excluded"]
+    status: Literal["accepted", "refused", "not here", "excluded", "not tried"]
     reason: Text
     notes: Annotated[tuple[Text, ...], Field(max_length=8)]
     lines: Annotated[tuple[Line, ...], Field(max_length=64)]

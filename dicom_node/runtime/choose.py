@@ -47,7 +47,7 @@ class Tried:
     precision: str
     version: str
     status: str
-    """accepted | refused | not here | excluded."""
+    """accepted | refused | not here | excluded | not tried."""
     reason: str
     """"" when accepted; in words for an operator."""
     lines: tuple[Accepted, ...] = ()
@@ -114,6 +114,7 @@ def choose(
     clock: Callable[[], float] = time.perf_counter,
     *,
     named: bool = False,
+    settled: tuple[str, str] | None = None,
 ) -> Chosen:
     """Raises PackageError when the package has no complete golden cases, or the reference does not give its answers.
 
@@ -121,21 +122,23 @@ def choose(
     `at`: called with a backend's name before it is loaded or run, with "" after.
     `named`: the backends are those that `infer.runtime` names: one that is accepted serves, also if the reference is
     faster.
+    `settled`: name and precision of what served before on this machine. It serves again if it is accepted again; the
+    others are not loaded and nothing is timed, so that a worker that died is back soon.
     """
     cases = _cases(models, golden, explained)
     by_key = {(b.name, b.precision): b for b in backends}
     trial = _Trial(tuple(models), cases, explained, judge, by_key, place, excluded, at, clock)
     accepted = {_REFERENCE: _reference(trial)}
     tried: dict[_Key, Tried] = {}
+    if settled in by_key and settled != _REFERENCE:
+        _sort(_try(trial, by_key[settled], accepted[_REFERENCE]), settled, accepted, tried)
+    is_settled = settled in accepted
     for key, backend in by_key.items():
-        if key != _REFERENCE:
-            found = _try(trial, backend, accepted[_REFERENCE])
-            if isinstance(found, Tried):
-                tried[key] = found
-            else:
-                accepted[key] = found
-    times, failed = _race(trial, accepted)
-    best = _fastest(times, list(by_key), enough=0.0 if named else CLEARLY)
+        if key not in accepted and key not in tried:
+            found = _settled(trial, backend) if is_settled else _try(trial, backend, accepted[_REFERENCE])
+            _sort(found, key, accepted, tried)
+    times, failed = ({}, {}) if settled in accepted else _race(trial, accepted)
+    best = settled if settled in accepted else _fastest(times, list(by_key), enough=0.0 if named else CLEARLY)
     for key, opened in accepted.items():
         tried[key] = _line(opened, times.get(key, []), failed.get(key, ""))
         if key != best:
@@ -191,6 +194,20 @@ def _try(trial: _Trial, backend: Backend, reference: _Opened) -> _Opened | Tried
             return _open(trial, backend, reference)
     except _FAULTS as e:
         return replace(line, reason=_words(e))
+
+
+def _sort(found: _Opened | Tried, key: _Key, accepted: dict[_Key, _Opened], tried: dict[_Key, Tried]) -> None:
+    if isinstance(found, Tried):
+        tried[key] = found
+    else:
+        accepted[key] = found
+
+
+def _settled(trial: _Trial, backend: Backend) -> Tried:
+    """It was slower, or not accepted, when this node began."""
+    if backend.name in trial.excluded:
+        return Tried(backend.name, backend.precision, "", "excluded", trial.excluded[backend.name])
+    return Tried(backend.name, backend.precision, "", "not tried", "what served before serves again")
 
 
 def _open(trial: _Trial, backend: Backend, reference: _Opened | None) -> _Opened:

@@ -243,7 +243,14 @@ class WorkerClient:
 
     def _start(self) -> ChildProcess:
         tasks = [task for task in self._tasks if task not in self._load_crashes]
-        setup = {"tasks": tasks, "excluded": self._standing.excluded(), "one_by_one": self._one_by_one}
+        setup = {
+            "tasks": tasks,
+            "excluded": self._standing.excluded(),
+            "settled": {
+                t: [told["backend"], told["precision"]] for t, told in self._engines.items() if not told["error"]
+            },
+            "one_by_one": self._one_by_one,
+        }
         child = self._child = ChildProcess(self._module)
         try:
             if self._closing.is_set():  # close() may have looked before there was a child
@@ -256,6 +263,7 @@ class WorkerClient:
             raise WorkerError(f"the worker does not start: {e.text}") from None
         self._failed_starts, self._one_by_one = 0, False
         self._suspects.clear()
+        engines = {task: _with_earlier(told, self._engines.get(task)) for task, told in engines.items()}
         self._engines.clear()
         self._proved.clear()
         self._ready = True
@@ -308,6 +316,15 @@ class WorkerClient:
                 self._recorder.merge(deltas)
             except (ValueError, TypeError):
                 raise LostError("protocol", "the worker sent counts that are none") from None
+
+
+def _with_earlier(told: dict[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a child that had one before it did not try stands as it was found then, of the same package."""
+    if told["error"] or earlier is None or earlier.get("digest") != told["digest"]:
+        return told
+    known = {(tried["backend"], tried["precision"]): tried for tried in earlier["tried"]}
+    tried = [known.get((t["backend"], t["precision"]), t) if t["status"] == "not tried" else t for t in told["tried"]]
+    return told | {"tried": tried}
 
 
 def _checked(engines: Mapping[str, Any]) -> dict[str, Any]:

@@ -182,6 +182,7 @@ def load_engine(
     named: bool,
     candidate: Path | None = None,
     excluded: Mapping[str, str] | None = None,
+    settled: tuple[str, str] | None = None,
 ) -> Loaded:
     """Task, package (the active one, or a candidate in a folder), code, sessions on the fastest accepted backend.
 
@@ -200,7 +201,9 @@ def load_engine(
     engine = cast(Engine, load_module(folder))
     models = models_of(package)
     judge, explained = partial(decide.judge, task.task, package), package.manifest.explain.model
-    chosen = choose(models, package.golden, explained, judge, backends, place, excluded or {}, at, named=named)
+    chosen = choose(
+        models, package.golden, explained, judge, backends, place, excluded or {}, at, named=named, settled=settled
+    )
     seconds = time.monotonic() - started
     loaded = Loaded(task.task, package, engine, models, backends, place, at, named, chosen, seconds)
     try:

@@ -20,6 +20,7 @@ def make_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
         settings = yaml.safe_load(SHIPPED_CONFIG.read_text())
         settings["receive"]["port"], settings["metrics"]["port"] = free_port(), free_port()
         settings["store"]["min_free_gb"] = 0.05
+        settings["infer"]["runtime"] = "onnx"  # trying all backends takes seconds at each start; test_backends.py asks
         settings["engines"]["path"] = [str(REPOSITORY / "engines")]
         settings["assemble"]["quiet_seconds"] = 1
         settings["deliver"]["destinations"]["pacs"]["port"] = pacs_port or free_port()

@@ -118,6 +118,27 @@ def test_of_two_as_fast_the_first_in_order_serves() -> None:
     assert found.backend == "gpu"
 
 
+def test_what_served_before_serves_again_and_nothing_else_is_loaded() -> None:
+    """A worker that died is back soon, on the same backend: another one might win the race this time."""
+    faster, before, slow = told("faster"), told("before", seconds=0.002), reference()
+    found = chosen(faster, before, slow, settled=("before", "fp32"))
+    assert found.backend == "before"
+    assert [(t.backend, t.status) for t in found.tried] == [
+        ("faster", "not tried"), ("before", "accepted"), ("onnx", "accepted")]  # fmt: skip
+    assert (faster.opened, before.open_now, slow.open_now) == (0, 1, 0)
+    found = chosen(told("faster"), reference(), settled=("onnx", "fp32"))
+    assert (found.backend, line(found, "faster").status) == ("onnx", "not tried")
+
+
+def test_what_served_before_is_held_to_the_answers_again() -> None:
+    liar, other = told("before", answer=off(0.05)), told("other")
+    found = chosen(liar, other, reference(), settled=("before", "fp32"))
+    assert (found.backend, line(found, "before").status) == ("other", "refused")
+    found = chosen(told("before"), other, reference(), settled=("before", "fp32"), excluded={"before": "it hung"})
+    assert (found.backend, line(found, "before").status) == ("other", "excluded")
+    assert chosen(told("other"), reference(), settled=("gone", "fp32")).backend == "other"
+
+
 # -- what a candidate may do
 
 

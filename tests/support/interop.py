@@ -110,6 +110,7 @@ def gdcmscu(port: int, files: list[Path], folder: Path, tls: Tls | None) -> None
 
 
 def pynetdicom(port: int, files: list[Path], folder: Path, tls: Tls | None) -> None:
+    from pydicom import dcmread
     from pynetdicom import AE
 
     context = None
@@ -126,7 +127,9 @@ def pynetdicom(port: int, files: list[Path], folder: Path, tls: Tls | None) -> N
     )
     assert association.is_established
     for path in files:
-        status = association.send_c_store(path).Status
+        # Given a path, it sends the bytes as they lie or makes new ones, by a switch of the library that our own sender
+        # sets for the whole process.
+        status = association.send_c_store(dcmread(path)).Status
         assert status == 0, f"{path.name}: {status:#06x}"
     association.release()
 
