@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engines.testis_noa.recipe import RECIPE, folds, temperature
-from engines.training.cohort import Cohort
-from engines.training.recipe import Run
+for module in ("tqdm", "sklearn", "torch"):
+    pytest.importorskip(module, reason=f"{module} is not installed (pip install 'dicom-node[train]')")
+
+from engines.testis_noa.recipe import RECIPE, folds, temperature  # noqa: E402
+from engines.training.cohort import Cohort  # noqa: E402
+from engines.training.recipe import Run  # noqa: E402
 
 
 def _cohort(n: int, first_seed: int, **extra: NDArray[Any]) -> Cohort:

@@ -6,18 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import nn
 
-from dicom_node.errors import PackageError
-from dicom_node.packages.schema import ModelEntry
-from dicom_node.runtime.accept import accept
-from dicom_node.runtime.graph import check
-from dicom_node.runtime.onnx import OnnxSession
-from engines.training import locator
-from engines.training.locator import Settings, TinyUNet
+torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'dicom-node[train]')")
+
+from torch import nn  # noqa: E402
+
+from dicom_node.errors import PackageError  # noqa: E402
+from dicom_node.packages.schema import ModelEntry  # noqa: E402
+from dicom_node.runtime.accept import accept  # noqa: E402
+from dicom_node.runtime.graph import check  # noqa: E402
+from dicom_node.runtime.onnx import OnnxSession  # noqa: E402
+from engines.training import locator  # noqa: E402
+from engines.training.locator import Settings, TinyUNet  # noqa: E402
 
 Arrays = tuple[NDArray[np.float32], NDArray[np.float32]]
 
