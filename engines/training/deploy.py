@@ -2,7 +2,8 @@
 
 Weights come from a fixed seed and mean nothing; the topology, the inputs (the golden cases of the task's package, real
 phantoms) and the statistics of BatchNorm (measured on them) are those of a trained one, so no activation overflows and
-none dies. The answers of torch are the golden ones: a backend that gives them runs the same graph.
+none dies. The answers of torch are the golden ones: a backend that gives them runs the same graph. At half precision a
+network that was not trained may be off by more than its manifest allows; it is then refused, and not timed.
 """
 
 from __future__ import annotations
