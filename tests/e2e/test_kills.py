@@ -62,7 +62,7 @@ def dataset_bytes(path: Path) -> bytes:
 
 
 MANY_ATTEMPTS = {"max_attempts": 20}
-"""Thirty kills may hit one job more often than the shipped three times; it is then DEAD, as it must be, and not lost."""
+"""Thirty kills may hit one job more often than the shipped three times: it is then DEAD, as it must be, not lost."""
 
 
 def check_invariant(node, pacs: ReceivingPacs, sent: list[Path]) -> None:
