@@ -271,7 +271,8 @@ class TestStream(Stream.TestCase):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 class TestStreamLonger(Stream.TestCase):
     """Minutes of it."""
 
-    settings = settings(_settings, max_examples=50, stateful_step_count=60)
+    settings = settings(_settings, max_examples=120, stateful_step_count=60)

@@ -18,7 +18,7 @@ import fast_scu
 from bench_works import mr_files
 from listener_process import listening, wait_for
 
-from dicom_node.dimse import association
+from dicom_node.dimse import association, server
 
 INSTANCES = 500
 PARTS = {
@@ -63,8 +63,6 @@ def _one(work: Path) -> Any:
         def run(self) -> None:
             profiles.append(cProfile.Profile())
             profiles[-1].runcall(super().run)
-
-    from dicom_node.dimse import server
 
     plain, server.StorageAssociation = server.StorageAssociation, Profiled
     try:
