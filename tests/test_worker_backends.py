@@ -16,7 +16,7 @@ from dicom_node.errors import WorkerError
 from dicom_node.log import Log
 from dicom_node.metrics import Metrics
 from dicom_node.packages import acceptance
-from dicom_node.worker import Standing
+from dicom_node.worker import Standing, client
 
 SUPPORT = Path(__file__).parent / "support"
 CHANGES = "dicom_node_backend_changes_total"
@@ -257,6 +257,48 @@ def test_a_backend_taken_out_under_a_running_node_is_an_event_when_the_worker_st
     assert bench.changes("cuda", "missing") == 1
 
 
+def test_a_worker_that_comes_back_serves_on_what_served_and_tries_nothing_else(
+    odd: Callable[..., Odd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, said, merge = odd(), list[dict[str, str]](), client._with_earlier
+
+    def heard(told: dict[str, Any], earlier: Any) -> dict[str, Any]:
+        said.append({t["backend"]: t["status"] for t in told["tried"]})
+        return merge(told, earlier)
+
+    monkeypatch.setattr(client, "_with_earlier", heard)
+    bench.client.ready(60)
+    assert (made_by(bench.run())[0], bench.tried()["openvino"]) == ("cuda", "accepted")
+    bench.tell(openvino="load-crash", onnx="slow")  # whoever tried it would die of it
+    with pytest.raises(WorkerError):
+        bench.run("abort")
+    assert made_by(bench.run())[0] == "cuda"
+    assert (said[-1], bench.said) == ({"cuda": "accepted", "openvino": "not tried", "onnx": "accepted"}, [])
+    assert bench.tried()["openvino"] == "accepted"  # as it was found when this node began
+
+
+def test_what_was_accepted_before_the_worker_died_is_still_the_next(odd: Callable[..., Odd]) -> None:
+    bench = odd()
+    bench.client.ready(60)
+    with pytest.raises(WorkerError):
+        bench.run("abort")
+    bench.client.ready(60)
+    bench.tell(cuda="nan")
+    assert made_by(bench.run())[0] == "openvino"
+    assert bench.tried() == {"cuda": "excluded", "openvino": "accepted", "onnx": "accepted"}
+
+
+def test_a_backend_that_dies_while_it_is_left_is_to_blame(odd: Callable[..., Odd]) -> None:
+    """Of a device that is lost the library may not even let go: the attempt is lost, the next is without it."""
+    bench = odd()
+    bench.client.ready(60)
+    bench.tell(cuda="stuck")
+    with pytest.raises(WorkerError, match="SIGSEGV"):
+        bench.run()
+    assert made_by(bench.run())[0] == "openvino"
+    assert (bench.changes("cuda", "crash"), bench.tried()["cuda"]) == (1, "excluded")
+
+
 # -- the parent's own
 
 
@@ -303,7 +345,7 @@ def test_a_backend_is_in_use_while_any_worker_uses_it() -> None:
     room = Room()
     for worker in (0, 1):
         room.standing.tell(worker, {"t": told()})
-    room.standing.drop("t", "openvino", "crash", "SIGSEGV")
+    room.standing.drop(0, "t", "openvino", "crash", "SIGSEGV")
     room.standing.tell(0, {"t": told("onnx")})
     assert (room.uses("openvino"), room.uses("onnx")) == (1, 1)
     room.standing.tell(1, {"t": told("onnx")})
@@ -314,7 +356,7 @@ def test_a_backend_is_in_use_while_any_worker_uses_it() -> None:
 def test_words_of_a_child_become_neither_labels_nor_lines() -> None:
     room = Room()
     room.standing.tell(0, {"t": told()})
-    room.standing.drop("t", "evil\nname", "evil", "line\nfeed \x1b[31m" + "x" * 4000)
+    room.standing.drop(0, "t", "evil\nname", "evil", "line\nfeed \x1b[31m" + "x" * 4000)
     room.standing.tell(0, {"t": told("onnx")})
     assert "\n" not in room.said[0] and "\x1b" not in room.said[0]
     assert len(room.said[0]) < 400
@@ -328,6 +370,37 @@ def test_a_plan_that_had_to_be_built_again_is_told_though_nothing_changed() -> N
     room.standing.tell(0, {"t": after})
     assert room.said == [f"t: openvino serves on; {refused}"]
     assert room.metrics.value(CHANGES, engine="t", backend="openvino", reason="plan") == 1
+
+
+def test_a_note_is_told_once_and_not_again_by_every_worker_that_comes_back() -> None:
+    before = told()
+    before["tried"][0]["notes"] = ["model classifier: plan cache: a plan was refused and is built again"]
+    after = told(openvino="not tried")
+    (line, _) = client._with_earlier(after, before)["tried"]
+    assert (line["status"], line["milliseconds"], line["notes"]) == ("accepted", 1.0, [])
+    other = told(digest="b" * 64, openvino="not tried")
+    assert client._with_earlier(other, before) == other
+
+
+def test_a_reference_that_is_loaded_anew_is_not_left_out() -> None:
+    room = Room()
+    room.standing.tell(0, {"t": told("onnx")})
+    room.standing.drop(0, "t", "onnx", "drift", "logits off by 5e-01")
+    room.standing.tell(0, {"t": told("onnx")})
+    reason = "it no longer gives the golden answers (logits off by 5e-01)"
+    assert room.said == [f"t: onnx fp32 serves on, loaded anew: {reason}"]
+    assert room.standing.excluded() == {}
+
+
+def test_one_worker_does_not_tell_what_another_left() -> None:
+    room = Room()
+    for worker in (0, 1):
+        room.standing.tell(worker, {"t": told()})
+    room.standing.drop(0, "t", "openvino", "crash", "SIGSEGV")
+    room.standing.tell(1, {"t": told()})  # a package was loaded, say, while the other starts again
+    assert room.said == []
+    room.standing.tell(0, {"t": told("onnx")})
+    assert room.said == ["t: onnx fp32 serves; openvino is left out: the worker died in it (SIGSEGV)"]
 
 
 @pytest.mark.parametrize(
