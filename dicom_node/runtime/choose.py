@@ -62,7 +62,7 @@ class Tried:
 class Chosen:
     """What serves, and how it was found."""
 
-    sessions: Mapping[str, Session]
+    sessions: Mapping[str, Guarded]
     backend: str
     precision: str
     tried: tuple[Tried, ...]
@@ -248,12 +248,13 @@ def _open(trial: _Trial, backend: Backend, reference: _Opened | None) -> _Opened
 
 
 def _held(
-    trial: _Trial, model: Model, session: Session, tolerance: float, truth: Arrays | None
+    trial: _Trial, model: Model, session: Guarded, tolerance: float, truth: Arrays | None
 ) -> tuple[Accepted, Arrays]:
     """One model against golden.npz and the reference, decisions included. Raises PackageError."""
     cases = trial.cases[model.name]
     found = answers_of(session, cases)
-    line = hold(session, cases, found, tolerance, truth)
+    most = 0 if session.backend == REFERENCE else session.bound  # the truth itself is not held to itself
+    line = hold(session, cases, found, tolerance, truth, most=most)
     if model.name == trial.explained:
         expected = cases.outputs if truth is None else truth
         if not same_verdicts(trial.judge(found), trial.judge(expected), tolerance):

@@ -202,13 +202,29 @@ def test_a_batch_of_one_must_answer_as_a_batch_of_three() -> None:
     assert "off by 5" in line(chosen(told("odd", answer=batch_dependent), reference()), "odd").reason
 
 
+def test_the_largest_batch_is_held_to_the_answers_before_a_study_comes_with_it() -> None:
+    """A plan has a graph for each batch; three golden cases alone would never reach that for sixteen."""
+    wrong = [False]
+
+    def wide(inputs: Any) -> Any:
+        last = np.zeros((len(inputs["x"]), 1), np.float32)
+        last[15:] = 0.5 if wrong[0] else 0
+        return off(last)(inputs)
+
+    fine = chosen(told("odd", answer=wide), reference())
+    assert (fine.backend, fine.sessions["classifier"].bound) == ("odd", 16)
+    wrong[0] = True
+    assert "off by 5" in line(chosen(told("odd", answer=wide), reference()), "odd").reason
+    assert "off by 5" in replay(fine, [tiny_model()], GOLDEN, "classifier", tiny_judge)
+
+
 def test_answers_that_the_next_run_overwrites_are_refused() -> None:
     """A session that gives a view of its own memory would change one patient's answer while the next one runs."""
-    memory = {name: np.zeros_like(array) for name, array in truth({"x": GOLDEN["classifier.x"]}).items()}
+    memory = {name: np.repeat(array[:1], 16, axis=0) for name, array in truth({"x": GOLDEN["classifier.x"]}).items()}
 
     def shared(inputs: Any) -> Any:
-        for name, array in truth({"x": inputs["x"][::-1]} if len(inputs["x"]) == 1 else inputs).items():
-            memory[name][:] = array if len(array) == len(memory[name]) else array[0]
+        for name, array in truth(inputs).items():
+            memory[name][: len(array)] = array
         return {name: array[: len(inputs["x"])] for name, array in memory.items()}
 
     assert "off by" in line(chosen(told("shared", answer=shared), reference()), "shared").reason
