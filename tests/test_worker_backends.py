@@ -25,10 +25,12 @@ CHANGES = "dicom_node_backend_changes_total"
 class Odd(Bench):
     """A bench whose backends are told what to do."""
 
-    def __init__(self, folder: Path, tasks: tuple[str, ...] = ("tiny",), **infer: Any) -> None:
+    def __init__(
+        self, folder: Path, tasks: tuple[str, ...] = ("tiny",), module: str = "odd_worker", **infer: Any
+    ) -> None:
         for task in tasks:
             tiny_engine.write_task(folder / "engines", ENGINE, task)
-        super().__init__(folder, tasks, module="odd_worker", **infer)
+        super().__init__(folder, tasks, module=module, **infer)
 
     def tell(self, **behaviours: str) -> None:
         (self.root.parent / "odd.json").write_text(json.dumps(behaviours))
@@ -297,6 +299,34 @@ def test_a_backend_that_dies_while_it_is_left_is_to_blame(odd: Callable[..., Odd
         bench.run()
     assert made_by(bench.run())[0] == "openvino"
     assert (bench.changes("cuda", "crash"), bench.tried()["cuda"]) == (1, "excluded")
+
+
+@pytest.mark.parametrize(
+    ("rebuilt", "backend", "reason", "said"),
+    [
+        ("", "tensorrt_rtx", "plan", "tensorrt_rtx serves on; model classifier: plan cache: a plan was refused"),
+        ("refuse", "onnx", "refused", "onnx fp32 serves in place of tensorrt_rtx fp32: it was not accepted again"),
+    ],
+)
+def test_a_plan_poisoned_under_a_running_worker_changes_nothing_but_the_name_and_an_event(
+    odd: Callable[..., Odd], rebuilt: str, backend: str, reason: str, said: str
+) -> None:
+    bench = odd(module="plan_worker", runtime="tensorrt")
+    bench.client.ready(60)
+    before = made_by(bench.run())
+    assert (before[0], bench.said) == ("tensorrt_rtx", [])
+    (plan,) = (bench.root / "plans").glob("*.plan")
+    poison = plan.read_bytes()[::-1]
+    plan.write_bytes(poison)
+    assert made_by(bench.run()) == before  # what is loaded goes on
+    bench.tell(tensorrt_rtx=rebuilt)
+    with pytest.raises(WorkerError):
+        bench.run("abort")
+    after = made_by(bench.run())
+    assert (after[0], after[1]) == (backend, before[1])
+    assert (len(bench.said), said in bench.said[0]) == (1, True)
+    assert bench.changes("tensorrt_rtx", reason) == 1
+    assert poison not in [path.read_bytes() for path in (bench.root / "plans").glob("*.plan")]
 
 
 # -- the parent's own
