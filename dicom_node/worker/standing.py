@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from dicom_node.log import Log
 from dicom_node.metrics import Recorder
@@ -179,11 +179,13 @@ class Standing:
     def _record_note(self, task: str, backend: str, note: str, *, serves: bool) -> None:
         self._log.warning("backend_noted", engine=task, backend=backend, text=note)
         if _PLANS in note:  # somebody else wrote there, or the disk loses what is written
+            said = f"{task}: {backend} {'serves on' if serves else 'stays accepted'}; {note}"
             self._recorder.inc("dicom_node_backend_changes_total", engine=task, backend=backend, reason="plan")
-            self._changed(f"{task}: {backend} {'serves on' if serves else 'stays accepted'}; {note}")
+            self._log.warning("backend_changed", engine=task, text=said)
+            self._changed(said)
 
 
-_BACKENDS = frozenset(acceptance.BackendName.__args__)  # type: ignore[attr-defined]
+_BACKENDS = frozenset(get_args(acceptance.BackendName))
 
 
 def _words(use: Use) -> str:
