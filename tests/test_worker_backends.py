@@ -64,6 +64,36 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         one.client.close()
 
 
+MODES = {
+    "raise": "the device is gone",
+    "leak": "KeyError",
+    "nan": "holds NaN",
+    "shape": "is float32 (1, 1",
+}
+SHARED = (*MODES, "swallow", "mistake", "every")
+
+
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Odd]:
+    """A worker with an engine for each of the tests that leave it alive: a backend is left for one engine."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(SUPPORT))
+        patch.setenv("ODD_BACKENDS", str(folder / "odd.json"))
+        made = Odd(folder, SHARED)
+        made.tell()
+        made.client.ready(60)
+        yield made
+        made.client.close()
+
+
+@pytest.fixture
+def shared(one_worker: Odd) -> Odd:
+    """All of its backends sound."""
+    one_worker.tell()
+    return one_worker
+
+
 def made_by(reply: Any) -> tuple[str, float, str]:
     """Backend, probability, and what the report says of its acceptance."""
     assert reply.outcome == "RESULT", reply
@@ -106,62 +136,58 @@ def test_a_backend_that_is_named_serves_where_it_is_accepted_and_no_race_is_run(
     assert ("dicom_node_engine_first_choice{" in shown) == (first is not None)
 
 
-@pytest.mark.parametrize(
-    ("mode", "said"),
-    [("raise", "the device is gone"), ("leak", "KeyError"), ("nan", "holds NaN"), ("shape", "is float32 (1, 1")],
-)
+@pytest.mark.parametrize(("mode", "said"), MODES.items())
 def test_an_answer_that_cannot_be_one_costs_the_backend_its_place_and_the_job_nothing(
-    odd: Callable[..., Odd], mode: str, said: str
+    shared: Odd, mode: str, said: str
 ) -> None:
-    bench = odd()
-    bench.client.ready(60)
-    pid, before = bench.client.pid, made_by(bench.run())
+    bench = shared
+    pid, before = bench.client.pid, made_by(bench.run(engine=mode))
     assert before[0] == "cuda"
     counted, spooled = bench.metrics.value("dicom_node_ood_ratio", route="tiny-route"), set(spool(bench))
     bench.tell(cuda=mode)
-    after = made_by(bench.run())
+    after = made_by(bench.run(engine=mode))
     assert (after[0], after[1]) == ("openvino", before[1])
     assert bench.client.pid == pid
     assert bench.metrics.value("dicom_node_ood_ratio", route="tiny-route") == counted + 1  # judged once, not twice
     assert len(set(spool(bench)) - spooled) == 2  # frames and map of one result
-    assert (bench.using(), bench.tried()["cuda"]) == ("openvino", "excluded")
-    assert (bench.changes("cuda", "answer"), bench.gauge("cuda"), bench.gauge("openvino")) == (1, 0, 1)
-    (event,) = bench.said
-    assert event.startswith("tiny: openvino fp32 serves; cuda is left out: ")
+    assert (bench.using(mode), bench.tried(mode)["cuda"]) == ("openvino", "excluded")
+    assert (bench.changes("cuda", "answer", mode), bench.gauge("cuda", mode), bench.gauge("openvino", mode)) == (
+        1,
+        0,
+        1,
+    )
+    (event,) = [text for text in bench.said if text.startswith(f"{mode}: ")]
+    assert event.startswith(f"{mode}: openvino fp32 serves; cuda is left out: ")
     assert said in event
     assert "DOE" not in event + json.dumps(bench.log.said)
     bench.tell()
-    assert made_by(bench.run())[0] == "openvino"  # well again: not before the node starts again
+    assert made_by(bench.run(engine=mode))[0] == "openvino"  # well again: not before the node starts again
+    assert bench.using("mistake") == "cuda"  # nobody else's backend
 
 
 def spool(bench: Bench) -> list[Path]:
     return list((bench.root / "spool").iterdir())
 
 
-def test_a_refusal_made_of_a_failed_answer_does_not_leave(odd: Callable[..., Odd]) -> None:
+def test_a_refusal_made_of_a_failed_answer_does_not_leave(shared: Odd) -> None:
     """An engine that swallows the failure must not turn it into an answer about a patient."""
-    bench = odd()
-    bench.client.ready(60)
-    bench.tell(cuda="nan")
-    assert made_by(bench.run("swallow"))[0] == "openvino"
+    shared.tell(cuda="nan")
+    assert made_by(shared.run("swallow", engine="swallow"))[0] == "openvino"
 
 
-def test_what_the_reference_refuses_too_is_the_engines_fault(odd: Callable[..., Odd]) -> None:
-    bench = odd()
-    bench.client.ready(60)
-    reply = bench.run("shape")
+def test_what_the_reference_refuses_too_is_the_engines_fault(shared: Odd) -> None:
+    reply = shared.run("shape", engine="mistake")
     assert (reply.outcome, "it takes x float32" in reply.error) == ("FAULT", True)
-    assert (bench.using(), bench.said, bench.changes("cuda", "answer")) == ("cuda", [], 0)
+    assert (shared.using("mistake"), shared.changes("cuda", "answer", "mistake")) == ("cuda", 0)
+    assert not [text for text in shared.said if text.startswith("mistake: ")]
 
 
-def test_when_every_other_has_failed_the_reference_serves(odd: Callable[..., Odd]) -> None:
-    bench = odd()
-    bench.client.ready(60)
-    before = made_by(bench.run())
-    bench.tell(cuda="raise", openvino="shape")
-    after = made_by(bench.run())
+def test_when_every_other_has_failed_the_reference_serves(shared: Odd) -> None:
+    before = made_by(shared.run(engine="every"))
+    shared.tell(cuda="raise", openvino="shape")
+    after = made_by(shared.run(engine="every"))
     assert (after[0], after[1]) == ("onnx", before[1])
-    assert bench.tried() == {"cuda": "excluded", "openvino": "refused", "onnx": "accepted"}
+    assert shared.tried("every") == {"cuda": "excluded", "openvino": "refused", "onnx": "accepted"}
 
 
 @pytest.mark.parametrize(("mode", "reason", "said"), [("crash", "crash", "SIGSEGV"), ("hang", "deadline", "deadline")])
