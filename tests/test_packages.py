@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import tiny_engine
@@ -348,7 +349,8 @@ def test_engines_list_shows_the_table_of_the_last_worker(tmp_path: Path) -> None
         {"backend": name, "precision": "fp32", "version": "1", "status": status, "reason": reason,
          "lines": [line] if status == "accepted" else [], "notes": [], "load_seconds": 0.1, "milliseconds": 2.0}
         for name, status, reason in (
-            ("cuda", "not here", "no CUDA device"), ("openvino", "excluded", "it hung"), ("onnx", "accepted", "")
+            ("tensorrt", "not tried", "what served before"), ("tensorrt_rtx", "refused", "no memory"),
+            ("cuda", "not here", "no CUDA device"), ("openvino", "excluded", "it hung"), ("onnx", "accepted", ""),
         )
     ]  # fmt: skip
     serving = {
@@ -364,7 +366,12 @@ def test_engines_list_shows_the_table_of_the_last_worker(tmp_path: Path) -> None
     assert backends["onnx"] == "in use, fp32 (accepted: fp32)"
     assert backends["openvino"] == "excluded: it hung"
     assert backends["cuda"] == "not executed by us; not here: no CUDA device"
+    assert backends["tensorrt_rtx"] == "refused: no memory"
+    assert backends["tensorrt"] == "not executed by us; not tried: what served before"
     assert told["tiny"]["acceptance"]["tried"] == tried
+    schema = (Path(__file__).parents[1] / "docs/schemas/engines-list.v1.schema.json").read_text()
+    jsonschema.validate(list(told.values()), json.loads(schema))
+    assert {t["status"] for t in tried} == set(acceptance.STATUSES)
     assert (told["refused"]["available"], told["refused"]["acceptance"]["error"]) == (True, "golden replay: off")
     text = engines_text(list(told.values()))
     assert "3 golden cases, worst 0.0e+00 of 1.0e-03 allowed: ok" in text

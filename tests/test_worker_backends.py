@@ -16,7 +16,7 @@ from dicom_node.errors import WorkerError
 from dicom_node.log import Log
 from dicom_node.metrics import Metrics
 from dicom_node.packages import acceptance
-from dicom_node.worker import Standing
+from dicom_node.worker import Standing, client
 
 SUPPORT = Path(__file__).parent / "support"
 CHANGES = "dicom_node_backend_changes_total"
@@ -25,10 +25,12 @@ CHANGES = "dicom_node_backend_changes_total"
 class Odd(Bench):
     """A bench whose backends are told what to do."""
 
-    def __init__(self, folder: Path, tasks: tuple[str, ...] = ("tiny",), **infer: Any) -> None:
+    def __init__(
+        self, folder: Path, tasks: tuple[str, ...] = ("tiny",), module: str = "odd_worker", **infer: Any
+    ) -> None:
         for task in tasks:
             tiny_engine.write_task(folder / "engines", ENGINE, task)
-        super().__init__(folder, tasks, module="odd_worker", **infer)
+        super().__init__(folder, tasks, module=module, **infer)
 
     def tell(self, **behaviours: str) -> None:
         (self.root.parent / "odd.json").write_text(json.dumps(behaviours))
@@ -60,6 +62,36 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     yield make
     for one in made:
         one.client.close()
+
+
+MODES = {
+    "raise": "the device is gone",
+    "leak": "KeyError",
+    "nan": "holds NaN",
+    "shape": "is float32 (1, 1",
+}
+SHARED = (*MODES, "swallow", "mistake", "every")
+
+
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Odd]:
+    """A worker with an engine for each of the tests that leave it alive: a backend is left for one engine."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(SUPPORT))
+        patch.setenv("ODD_BACKENDS", str(folder / "odd.json"))
+        made = Odd(folder, SHARED)
+        made.tell()
+        made.client.ready(60)
+        yield made
+        made.client.close()
+
+
+@pytest.fixture
+def shared(one_worker: Odd) -> Odd:
+    """All of its backends sound."""
+    one_worker.tell()
+    return one_worker
 
 
 def made_by(reply: Any) -> tuple[str, float, str]:
@@ -104,62 +136,58 @@ def test_a_backend_that_is_named_serves_where_it_is_accepted_and_no_race_is_run(
     assert ("dicom_node_engine_first_choice{" in shown) == (first is not None)
 
 
-@pytest.mark.parametrize(
-    ("mode", "said"),
-    [("raise", "the device is gone"), ("leak", "KeyError"), ("nan", "holds NaN"), ("shape", "is float32 (1, 1")],
-)
+@pytest.mark.parametrize(("mode", "said"), MODES.items())
 def test_an_answer_that_cannot_be_one_costs_the_backend_its_place_and_the_job_nothing(
-    odd: Callable[..., Odd], mode: str, said: str
+    shared: Odd, mode: str, said: str
 ) -> None:
-    bench = odd()
-    bench.client.ready(60)
-    pid, before = bench.client.pid, made_by(bench.run())
+    bench = shared
+    pid, before = bench.client.pid, made_by(bench.run(engine=mode))
     assert before[0] == "cuda"
     counted, spooled = bench.metrics.value("dicom_node_ood_ratio", route="tiny-route"), set(spool(bench))
     bench.tell(cuda=mode)
-    after = made_by(bench.run())
+    after = made_by(bench.run(engine=mode))
     assert (after[0], after[1]) == ("openvino", before[1])
     assert bench.client.pid == pid
     assert bench.metrics.value("dicom_node_ood_ratio", route="tiny-route") == counted + 1  # judged once, not twice
     assert len(set(spool(bench)) - spooled) == 2  # frames and map of one result
-    assert (bench.using(), bench.tried()["cuda"]) == ("openvino", "excluded")
-    assert (bench.changes("cuda", "answer"), bench.gauge("cuda"), bench.gauge("openvino")) == (1, 0, 1)
-    (event,) = bench.said
-    assert event.startswith("tiny: openvino fp32 serves; cuda is left out: ")
+    assert (bench.using(mode), bench.tried(mode)["cuda"]) == ("openvino", "excluded")
+    assert (bench.changes("cuda", "answer", mode), bench.gauge("cuda", mode), bench.gauge("openvino", mode)) == (
+        1,
+        0,
+        1,
+    )
+    (event,) = [text for text in bench.said if text.startswith(f"{mode}: ")]
+    assert event.startswith(f"{mode}: openvino fp32 serves; cuda is left out: ")
     assert said in event
     assert "DOE" not in event + json.dumps(bench.log.said)
     bench.tell()
-    assert made_by(bench.run())[0] == "openvino"  # well again: not before the node starts again
+    assert made_by(bench.run(engine=mode))[0] == "openvino"  # well again: not before the node starts again
+    assert bench.using("mistake") == "cuda"  # nobody else's backend
 
 
 def spool(bench: Bench) -> list[Path]:
     return list((bench.root / "spool").iterdir())
 
 
-def test_a_refusal_made_of_a_failed_answer_does_not_leave(odd: Callable[..., Odd]) -> None:
+def test_a_refusal_made_of_a_failed_answer_does_not_leave(shared: Odd) -> None:
     """An engine that swallows the failure must not turn it into an answer about a patient."""
-    bench = odd()
-    bench.client.ready(60)
-    bench.tell(cuda="nan")
-    assert made_by(bench.run("swallow"))[0] == "openvino"
+    shared.tell(cuda="nan")
+    assert made_by(shared.run("swallow", engine="swallow"))[0] == "openvino"
 
 
-def test_what_the_reference_refuses_too_is_the_engines_fault(odd: Callable[..., Odd]) -> None:
-    bench = odd()
-    bench.client.ready(60)
-    reply = bench.run("shape")
+def test_what_the_reference_refuses_too_is_the_engines_fault(shared: Odd) -> None:
+    reply = shared.run("shape", engine="mistake")
     assert (reply.outcome, "it takes x float32" in reply.error) == ("FAULT", True)
-    assert (bench.using(), bench.said, bench.changes("cuda", "answer")) == ("cuda", [], 0)
+    assert (shared.using("mistake"), shared.changes("cuda", "answer", "mistake")) == ("cuda", 0)
+    assert not [text for text in shared.said if text.startswith("mistake: ")]
 
 
-def test_when_every_other_has_failed_the_reference_serves(odd: Callable[..., Odd]) -> None:
-    bench = odd()
-    bench.client.ready(60)
-    before = made_by(bench.run())
-    bench.tell(cuda="raise", openvino="shape")
-    after = made_by(bench.run())
+def test_when_every_other_has_failed_the_reference_serves(shared: Odd) -> None:
+    before = made_by(shared.run(engine="every"))
+    shared.tell(cuda="raise", openvino="shape")
+    after = made_by(shared.run(engine="every"))
     assert (after[0], after[1]) == ("onnx", before[1])
-    assert bench.tried() == {"cuda": "excluded", "openvino": "refused", "onnx": "accepted"}
+    assert shared.tried("every") == {"cuda": "excluded", "openvino": "refused", "onnx": "accepted"}
 
 
 @pytest.mark.parametrize(("mode", "reason", "said"), [("crash", "crash", "SIGSEGV"), ("hang", "deadline", "deadline")])
@@ -257,6 +285,76 @@ def test_a_backend_taken_out_under_a_running_node_is_an_event_when_the_worker_st
     assert bench.changes("cuda", "missing") == 1
 
 
+def test_a_worker_that_comes_back_serves_on_what_served_and_tries_nothing_else(
+    odd: Callable[..., Odd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, said, merge = odd(), list[dict[str, str]](), client._with_earlier
+
+    def heard(told: dict[str, Any], earlier: Any) -> dict[str, Any]:
+        said.append({t["backend"]: t["status"] for t in told["tried"]})
+        return merge(told, earlier)
+
+    monkeypatch.setattr(client, "_with_earlier", heard)
+    bench.client.ready(60)
+    assert (made_by(bench.run())[0], bench.tried()["openvino"]) == ("cuda", "accepted")
+    bench.tell(openvino="load-crash", onnx="slow")  # whoever tried it would die of it
+    with pytest.raises(WorkerError):
+        bench.run("abort")
+    assert made_by(bench.run())[0] == "cuda"
+    assert (said[-1], bench.said) == ({"cuda": "accepted", "openvino": "not tried", "onnx": "accepted"}, [])
+    assert bench.tried()["openvino"] == "accepted"  # as it was found when this node began
+
+
+def test_what_was_accepted_before_the_worker_died_is_still_the_next(odd: Callable[..., Odd]) -> None:
+    bench = odd()
+    bench.client.ready(60)
+    with pytest.raises(WorkerError):
+        bench.run("abort")
+    bench.client.ready(60)
+    bench.tell(cuda="nan")
+    assert made_by(bench.run())[0] == "openvino"
+    assert bench.tried() == {"cuda": "excluded", "openvino": "accepted", "onnx": "accepted"}
+
+
+def test_a_backend_that_dies_while_it_is_left_is_to_blame(odd: Callable[..., Odd]) -> None:
+    """Of a device that is lost the library may not even let go: the attempt is lost, the next is without it."""
+    bench = odd()
+    bench.client.ready(60)
+    bench.tell(cuda="stuck")
+    with pytest.raises(WorkerError, match="SIGSEGV"):
+        bench.run()
+    assert made_by(bench.run())[0] == "openvino"
+    assert (bench.changes("cuda", "crash"), bench.tried()["cuda"]) == (1, "excluded")
+
+
+@pytest.mark.parametrize(
+    ("rebuilt", "backend", "reason", "said"),
+    [
+        ("", "tensorrt_rtx", "plan", "tensorrt_rtx serves on; model classifier: plan cache: a plan was refused"),
+        ("refuse", "onnx", "refused", "onnx fp32 serves in place of tensorrt_rtx fp32: it was not accepted again"),
+    ],
+)
+def test_a_plan_poisoned_under_a_running_worker_changes_nothing_but_the_name_and_an_event(
+    odd: Callable[..., Odd], rebuilt: str, backend: str, reason: str, said: str
+) -> None:
+    bench = odd(module="plan_worker", runtime="tensorrt")
+    bench.client.ready(60)
+    before = made_by(bench.run())
+    assert (before[0], bench.said) == ("tensorrt_rtx", [])
+    (plan,) = (bench.root / "plans").glob("*.plan")
+    poison = plan.read_bytes()[::-1]
+    plan.write_bytes(poison)
+    assert made_by(bench.run()) == before  # what is loaded goes on
+    bench.tell(tensorrt_rtx=rebuilt)
+    with pytest.raises(WorkerError):
+        bench.run("abort")
+    after = made_by(bench.run())
+    assert (after[0], after[1]) == (backend, before[1])
+    assert (len(bench.said), said in bench.said[0]) == (1, True)
+    assert bench.changes("tensorrt_rtx", reason) == 1
+    assert poison not in [path.read_bytes() for path in (bench.root / "plans").glob("*.plan")]
+
+
 # -- the parent's own
 
 
@@ -303,7 +401,7 @@ def test_a_backend_is_in_use_while_any_worker_uses_it() -> None:
     room = Room()
     for worker in (0, 1):
         room.standing.tell(worker, {"t": told()})
-    room.standing.drop("t", "openvino", "crash", "SIGSEGV")
+    room.standing.drop(0, "t", "openvino", "crash", "SIGSEGV")
     room.standing.tell(0, {"t": told("onnx")})
     assert (room.uses("openvino"), room.uses("onnx")) == (1, 1)
     room.standing.tell(1, {"t": told("onnx")})
@@ -314,7 +412,7 @@ def test_a_backend_is_in_use_while_any_worker_uses_it() -> None:
 def test_words_of_a_child_become_neither_labels_nor_lines() -> None:
     room = Room()
     room.standing.tell(0, {"t": told()})
-    room.standing.drop("t", "evil\nname", "evil", "line\nfeed \x1b[31m" + "x" * 4000)
+    room.standing.drop(0, "t", "evil\nname", "evil", "line\nfeed \x1b[31m" + "x" * 4000)
     room.standing.tell(0, {"t": told("onnx")})
     assert "\n" not in room.said[0] and "\x1b" not in room.said[0]
     assert len(room.said[0]) < 400
@@ -328,6 +426,37 @@ def test_a_plan_that_had_to_be_built_again_is_told_though_nothing_changed() -> N
     room.standing.tell(0, {"t": after})
     assert room.said == [f"t: openvino serves on; {refused}"]
     assert room.metrics.value(CHANGES, engine="t", backend="openvino", reason="plan") == 1
+
+
+def test_a_note_is_told_once_and_not_again_by_every_worker_that_comes_back() -> None:
+    before = told()
+    before["tried"][0]["notes"] = ["model classifier: plan cache: a plan was refused and is built again"]
+    after = told(openvino="not tried")
+    (line, _) = client._with_earlier(after, before)["tried"]
+    assert (line["status"], line["milliseconds"], line["notes"]) == ("accepted", 1.0, [])
+    other = told(digest="b" * 64, openvino="not tried")
+    assert client._with_earlier(other, before) == other
+
+
+def test_a_reference_that_is_loaded_anew_is_not_left_out() -> None:
+    room = Room()
+    room.standing.tell(0, {"t": told("onnx")})
+    room.standing.drop(0, "t", "onnx", "drift", "logits off by 5e-01")
+    room.standing.tell(0, {"t": told("onnx")})
+    reason = "it no longer gives the golden answers (logits off by 5e-01)"
+    assert room.said == [f"t: onnx fp32 serves on, loaded anew: {reason}"]
+    assert room.standing.excluded() == {}
+
+
+def test_one_worker_does_not_tell_what_another_left() -> None:
+    room = Room()
+    for worker in (0, 1):
+        room.standing.tell(worker, {"t": told()})
+    room.standing.drop(0, "t", "openvino", "crash", "SIGSEGV")
+    room.standing.tell(1, {"t": told()})  # a package was loaded, say, while the other starts again
+    assert room.said == []
+    room.standing.tell(0, {"t": told("onnx")})
+    assert room.said == ["t: onnx fp32 serves; openvino is left out: the worker died in it (SIGSEGV)"]
 
 
 @pytest.mark.parametrize(

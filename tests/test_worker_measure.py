@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from dicom_node.cli import main
-from dicom_node.runtime import Place
+from dicom_node.runtime import Place, tensorrt
 from dicom_node.runtime.onnx import no_device
 from dicom_node.worker import measure, planning
 
@@ -116,6 +116,16 @@ def test_a_plan_for_a_gpu_that_is_not_here_is_built_and_not_kept(config, capsys)
     assert all(line["bytes"] > 1000 and line["key"] == "" for line in answer)
     assert all("not executed by us" in line["reason"] for line in answer)
     assert not (config.parent / "var" / "plans").exists()
+
+
+def test_a_plan_may_take_longer_than_a_worker_would_wait(monkeypatch, tmp_path):
+    if not any(importlib.util.find_spec(name) for name in ("tensorrt_rtx", "tensorrt_rtx_bindings")):
+        pytest.skip("tensorrt_rtx is not installed")
+    assert planning.SECONDS > tensorrt.BUILD_SECONDS
+    monkeypatch.setattr(planning, "SECONDS", 0.0)
+    question = asked(tmp_path, backend="tensorrt_rtx", targets=["SM86"])
+    (line,) = planning.build(question)["lines"]
+    assert (line["status"], "took longer than 0 s" in line["reason"]) == ("refused", True)
 
 
 def test_a_gpu_nobody_knows_ends_with_1(config, capsys):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,6 +19,8 @@ FILE = "acceptance.json"
 _MAX_BYTES = 4 << 20
 BackendName = Literal["onnx", "openvino", "cuda", "tensorrt", "tensorrt_rtx"]
 Precision = Literal["fp32", "fp16"]
+Status = Literal["accepted", "refused", "not here", "excluded", "not tried"]
+STATUSES: tuple[str, ...] = get_args(Status)
 Text = Annotated[str, Field(max_length=400)]
 
 
@@ -43,7 +45,7 @@ class TriedBackend(_Said):
     backend: BackendName
     precision: Precision
     version: Annotated[str, Field(max_length=120)]
-    status: Literal["accepted", "refused", "not here", "excluded", "not tried"]
+    status: Status
     reason: Text
     notes: Annotated[tuple[Text, ...], Field(max_length=8)]
     lines: Annotated[tuple[Line, ...], Field(max_length=64)]

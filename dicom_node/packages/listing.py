@@ -71,5 +71,5 @@ def _standing(name: str, last: dict[str, Any] | None) -> str:
     if not tried:
         return "the reference; accepted by golden replay when a worker starts" if name == "onnx" else unknown
     reasons = "; ".join(dict.fromkeys(f"{t['status']}: {t['reason']}" for t in tried))
-    here = any(t["status"] != "not here" for t in tried)
+    here = any(t["status"] not in ("not here", "not tried") for t in tried)
     return reasons if here or name not in NOT_EXECUTED else f"not executed by us; {reasons}"

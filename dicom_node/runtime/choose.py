@@ -62,7 +62,7 @@ class Tried:
 class Chosen:
     """What serves, and how it was found."""
 
-    sessions: Mapping[str, Session]
+    sessions: Mapping[str, Guarded]
     backend: str
     precision: str
     tried: tuple[Tried, ...]
@@ -142,7 +142,7 @@ def choose(
     for key, opened in accepted.items():
         tried[key] = _line(opened, times.get(key, []), failed.get(key, ""))
         if key != best:
-            _close(opened.sessions)
+            close(key[0], opened.sessions, at)
     return Chosen(MappingProxyType(dict(accepted[best].sessions)), *best, tuple(tried[key] for key in by_key))
 
 
@@ -156,6 +156,18 @@ def replay(chosen: Chosen, models: Sequence[Model], golden: Arrays, explained: s
     except _FAULTS as e:
         return _words(e)
     return ""
+
+
+def close(backend: str, sessions: Mapping[str, Session], at: Callable[[str], object]) -> None:
+    """Free what the sessions of a backend hold. Its library is entered once more, perhaps after a fault: whatever it
+    raises, the next backend must still be reached, and where it takes the process with it, it is to blame."""
+    at(backend)
+    for session in sessions.values():
+        try:
+            session.close()
+        except _FAULTS:
+            continue  # it is not used any more; what it still holds ends with the process
+    at("")
 
 
 # -- one backend
@@ -219,6 +231,7 @@ def _open(trial: _Trial, backend: Backend, reference: _Opened | None) -> _Opened
     started = trial.clock()
     try:
         for model in trial.models:
+            trial.at(backend.name)  # once more: each is a step of its own, and a plan may take long to build
             shapes = Cases.shapes(trial.cases[model.name].outputs)
             session = used[model.name].open(model, trial.place)
             sessions[model.name] = Guarded(session, model, shapes, bound(model, trial.place, backend.name))
@@ -229,18 +242,19 @@ def _open(trial: _Trial, backend: Backend, reference: _Opened | None) -> _Opened
             line, answers[model.name] = _held(trial, model, sessions[model.name], tolerance, truth)
             lines.append(line)
     except BaseException:
-        _close(sessions)
+        close(backend.name, sessions, trial.at)
         raise
     return _Opened(backend, backend.version(), sessions, answers, tuple(lines), seconds)
 
 
 def _held(
-    trial: _Trial, model: Model, session: Session, tolerance: float, truth: Arrays | None
+    trial: _Trial, model: Model, session: Guarded, tolerance: float, truth: Arrays | None
 ) -> tuple[Accepted, Arrays]:
     """One model against golden.npz and the reference, decisions included. Raises PackageError."""
     cases = trial.cases[model.name]
     found = answers_of(session, cases)
-    line = hold(session, cases, found, tolerance, truth)
+    most = 0 if session.backend == REFERENCE else session.bound  # the truth itself is not held to itself
+    line = hold(session, cases, found, tolerance, truth, most=most)
     if model.name == trial.explained:
         expected = cases.outputs if truth is None else truth
         if not same_verdicts(trial.judge(found), trial.judge(expected), tolerance):
@@ -274,8 +288,8 @@ def _race(trial: _Trial, accepted: Mapping[_Key, _Opened]) -> tuple[dict[_Key, l
                     seconds[key].append(_round(trial, accepted[key].sessions))
             except _FAULTS as e:
                 if key == _REFERENCE:
-                    for opened in accepted.values():
-                        _close(opened.sessions)
+                    for name, opened in accepted.items():
+                        close(name[0], opened.sessions, trial.at)
                     raise PackageError(f"the reference failed: {_words(e)}") from None
                 del seconds[key]
                 failed[key] = _words(e)
@@ -312,14 +326,6 @@ def _line(opened: _Opened, seconds: Sequence[float], failure: str) -> Tried:
         opened.lines, round(opened.load_seconds, 3), round(1000 * statistics.median(seconds or [0.0]), 3),
         tuple(note for session in opened.sessions.values() for note in session.notes),
     )  # fmt: skip
-
-
-def _close(sessions: Mapping[str, Session]) -> None:
-    for session in sessions.values():
-        try:
-            session.close()
-        except _FAULTS:
-            continue  # it is not used any more; what it still holds ends with the process
 
 
 def _words(e: BaseException) -> str:

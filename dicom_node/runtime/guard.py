@@ -44,6 +44,11 @@ class Guarded:
         self._session, self._model, self._outputs, self._bound = session, model, outputs, bound
 
     @property
+    def bound(self) -> int:
+        """The largest batch that the session is given."""
+        return self._bound
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the session has to say to an operator, where it has a word."""
         return tuple(getattr(self._session, "notes", ()))

@@ -188,7 +188,7 @@ class Plans:
             if about.st_uid != os.geteuid() or stat.S_IMODE(about.st_mode) & 0o077:
                 raise _RefusedError("it belongs to another user or is open to others")
             with os.fdopen(fd, "rb", closefd=False) as file:
-                return file.read(limit + 1)
+                return file.read(min(max(limit, 0), about.st_size) + 1)  # a damaged limit must not ask for memory
         finally:
             os.close(fd)
 

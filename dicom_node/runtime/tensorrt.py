@@ -218,15 +218,19 @@ class _Maker:
 
     def _built(self, batches: Batches, seconds: float) -> bytes:
         timing_key = Key({"kind": "timing", "settings": str(self._settings), **self._machine})
-        timing = self.plans.get(timing_key) or b""
+        with self.plans.lock(timing_key, seconds):  # one for all graphs, and engines load side by side
+            timing = self.plans.get(timing_key) or b""
         built = build_widest(self.trt, self._graph, self.model, batches, self._settings, seconds=seconds, timing=timing)
         if built.narrowed:
             self.plans.notes.append(f"its plan takes one case at a time ({built.narrowed})")
         self.plans.put(self._key(SINGLE if built.narrowed else batches), built.plan, _SAME)
         if built.timing and built.timing != timing:
-            self.plans.put(timing_key, built.timing, ("kind", "library", "gpu"))
+            with self.plans.lock(timing_key, self._seconds):
+                self.plans.put(timing_key, built.timing, ("kind", "library", "gpu"))
         return built.plan
 
     def _key(self, batches: Batches) -> Key:
-        graph = {"graph": self._digest, "profile": str(batches), "settings": str(self._settings)}
+        shapes = (f"{name} {'x'.join(map(str, shape))}" for name, shape in sorted(self.model.shapes.items()))
+        profile = "; ".join([str(batches), *shapes])  # a graph may leave sizes open that the golden cases fix
+        graph = {"graph": self._digest, "profile": profile, "settings": str(self._settings)}
         return Key({"kind": "plan", **self._machine, **graph})

@@ -63,7 +63,8 @@ class Reference:
         """Returns where it gives a sound answer. Raises WorkerError where it fails on this input alike."""
         model = self._models[name]
         outputs = {output: self._golden[f"{name}.{output}"].shape[1:] for output in model.outputs}
-        session = Guarded(self._backend.open(model, self._place), model, outputs, bound(model, self._place))
+        most = bound(model, self._place, self._backend.name)
+        session = Guarded(self._backend.open(model, self._place), model, outputs, most)
         try:
             session.run(inputs)
         finally:

@@ -62,7 +62,7 @@ class Worker:
         self._infer = Infer.model_validate(setup["infer"])
         self._site = Site(PhaseRules.model_validate(setup["phases"]))
         self._excluded: dict[str, dict[str, str]] = {task: dict(why) for task, why in setup["excluded"].items()}
-        self._settled = {task: (str(used[0]), str(used[1])) for task, used in setup["settled"].items()}
+        self._settled: dict[str, dict[str, Any]] = setup["settled"]
         self._threads = max(1, len(os.sched_getaffinity(0)) // self._infer.workers_per_device)
         self.deltas = Deltas()
         self.engines: dict[str, Loaded | Fault] = {}
@@ -73,7 +73,11 @@ class Worker:
 
     def _load_first(self, task: str) -> Loaded | Fault:
         self._send({"kind": "loading", "task": task})
-        engine = guarded(partial(self._load, task, settled=self._settled.get(task)))
+        before = self._settled.get(task)
+        how: dict[str, Any] = {}
+        if before is not None:
+            how = {"settled": (before["backend"], before["precision"]), "earlier": frozenset(before["accepted"])}
+        engine = guarded(partial(self._load, task, **how))
         self._send({"kind": "through", "task": task})
         return engine
 
@@ -90,7 +94,13 @@ class Worker:
             guarded(before.close)
         return engine.told()
 
-    def _load(self, task: str, candidate: Path | None = None, settled: tuple[str, str] | None = None) -> Loaded:
+    def _load(
+        self,
+        task: str,
+        candidate: Path | None = None,
+        settled: tuple[str, str] | None = None,
+        earlier: frozenset[str] = frozenset(),
+    ) -> Loaded:
         folder = packages.find_tasks(self._engines.path).get(task)
         if folder is None:
             raise PackageError(f"no task {task} under engines.path")
@@ -110,6 +120,7 @@ class Worker:
             candidate=candidate,
             excluded=self._excluded.get(task, {}),
             settled=settled,
+            earlier=earlier,
         )
 
     def told(self) -> dict[str, Any]:

@@ -246,9 +246,7 @@ class WorkerClient:
         setup = {
             "tasks": tasks,
             "excluded": self._standing.excluded(),
-            "settled": {
-                t: [told["backend"], told["precision"]] for t, told in self._engines.items() if not told["error"]
-            },
+            "settled": {task: _settled(told) for task, told in self._engines.items() if not told["error"]},
             "one_by_one": self._one_by_one,
         }
         child = self._child = ChildProcess(self._module)
@@ -294,7 +292,7 @@ class WorkerClient:
         inside = child.inside()
         if reason in ("crash", "deadline") and len(child.loading) <= 1:
             for task, backend in inside.items():
-                self._standing.drop(task, backend, reason, text)
+                self._standing.drop(self._number, task, backend, reason, text)
         self._recorder.inc("dicom_node_worker_restarts_total", reason=reason)
         self._log.error("worker_ended", reason=reason, cause=text, inside=[f"{t}: {b}" for t, b in inside.items()])
 
@@ -306,8 +304,9 @@ class WorkerClient:
         task, told = str(message.get("task")), _checked({"": message.get("engine")})[""]
         if task not in self._engines:
             raise LostError("protocol", "the worker speaks of an engine it was not given")
-        self._standing.drop(task, str(message.get("backend")), str(message.get("reason")), str(message.get("text")))
-        self._told({task: told})
+        backend, reason, text = (str(message.get(key)) for key in ("backend", "reason", "text"))
+        self._standing.drop(self._number, task, backend, reason, text)
+        self._told({task: _with_earlier(told, self._engines[task])})
 
     def _merge(self, deltas: Any) -> None:
         """The child's counts; without a registry (`infer FOLDER`) nobody asks for them."""
@@ -318,11 +317,18 @@ class WorkerClient:
                 raise LostError("protocol", "the worker sent counts that are none") from None
 
 
+def _settled(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What served, and what else was accepted: for the next child, which tries only the first unless that fails."""
+    accepted = {tried["backend"] for tried in told["tried"] if tried["status"] == "accepted"}
+    return {"backend": told["backend"], "precision": told["precision"], "accepted": sorted(accepted)}
+
+
 def _with_earlier(told: dict[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
     """What a child that had one before it did not try stands as it was found then, of the same package."""
     if told["error"] or earlier is None or earlier.get("digest") != told["digest"]:
         return told
-    known = {(tried["backend"], tried["precision"]): tried for tried in earlier["tried"]}
+    # Without notes: they were told when they were made, and each telling is an event.
+    known = {(tried["backend"], tried["precision"]): tried | {"notes": []} for tried in earlier["tried"]}
     tried = [known.get((t["backend"], t["precision"]), t) if t["status"] == "not tried" else t for t in told["tried"]]
     return told | {"tried": tried}
 

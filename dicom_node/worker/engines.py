@@ -26,7 +26,7 @@ from dicom_node.pixels.decode import PixelDecoder, PixelsUndecodableError
 from dicom_node.result import ClinicalInput, Refusal, Result
 from dicom_node.runtime import Backend, Model, Place
 from dicom_node.runtime.accept import Accepted, Judge, check_head
-from dicom_node.runtime.choose import Chosen, Tried, choose, replay
+from dicom_node.runtime.choose import Chosen, Tried, choose, close, replay
 from dicom_node.study import Study
 from dicom_node.worker.answers import Answers, At, Reference, is_reference, reference_of
 
@@ -50,6 +50,8 @@ class Loaded:
     """`infer.runtime` names the backends."""
     chosen: Chosen
     seconds: float
+    earlier: frozenset[str] = frozenset()
+    """Backends that a child before this one accepted, and that this one did not try."""
 
     def about(self) -> dict[str, Any]:
         """Said beside every answer: enough for the provenance of a refusal."""
@@ -133,11 +135,11 @@ class Loaded:
             self.at("")
 
     def on_next(self, excluded: Mapping[str, str]) -> Loaded:
-        """On the fastest backend left of those that were accepted. Raises PackageError where none is."""
+        """On the fastest other one that was accepted, here or in the child before. Raises PackageError."""
         self.close()
         started = time.monotonic()
         before = {(tried.backend, tried.precision): tried for tried in self.chosen.tried}
-        served = {tried.backend for tried in self.chosen.tried if tried.status == "accepted"}
+        served = self.earlier | {tried.backend for tried in self.chosen.tried if tried.status == "accepted"}
         left = [b for b in self.backends if is_reference(b) or b.name in served]
         golden, explained = self.package.golden, self._explained
         chosen = choose(
@@ -149,8 +151,7 @@ class Loaded:
 
     def close(self) -> None:
         """Free what the device holds."""
-        for session in self.chosen.sessions.values():
-            session.close()
+        close(self.chosen.backend, self.chosen.sessions, self.at)
 
     def _used(self) -> Tried:
         name = (self.chosen.backend, self.chosen.precision)
@@ -183,6 +184,7 @@ def load_engine(
     candidate: Path | None = None,
     excluded: Mapping[str, str] | None = None,
     settled: tuple[str, str] | None = None,
+    earlier: frozenset[str] = frozenset(),
 ) -> Loaded:
     """Task, package (the active one, or a candidate in a folder), code, sessions on the fastest accepted backend.
 
@@ -205,7 +207,7 @@ def load_engine(
         models, package.golden, explained, judge, backends, place, excluded or {}, at, named=named, settled=settled
     )
     seconds = time.monotonic() - started
-    loaded = Loaded(task.task, package, engine, models, backends, place, at, named, chosen, seconds)
+    loaded = Loaded(task.task, package, engine, models, backends, place, at, named, chosen, seconds, earlier)
     try:
         _check_explained(package)
     except PackageError:

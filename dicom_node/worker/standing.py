@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from dicom_node.log import Log
 from dicom_node.metrics import Recorder
@@ -58,7 +58,8 @@ class Standing:
         self._changed, self._keep = changed, keep
         self._lock = threading.Lock()
         self._dropped: dict[str, dict[str, _Drop]] = {}
-        self._unsaid: dict[str, tuple[str, _Drop]] = {}
+        self._unsaid: dict[tuple[int, str], tuple[str, _Drop]] = {}
+        """Worker and task -> what it left, until it says what it runs instead."""
         self._uses: dict[str, dict[int, tuple[Use, str]]] = {}
         self._seen: dict[str, set[Use]] = {}
         self._table: dict[str, dict[str, Any]] = {}
@@ -71,14 +72,14 @@ class Standing:
                 for task, drops in self._dropped.items()
             }
 
-    def drop(self, task: str, backend: str, reason: str, text: str) -> None:
-        """Leave a backend out for this engine from now on."""
+    def drop(self, worker: int, task: str, backend: str, reason: str, text: str) -> None:
+        """A worker left a backend: left out for this engine in every child that starts from now on."""
         backend = backend if backend in _BACKENDS else "other"
         fallen = _Drop(reason if reason in REASONS else "answer", _UNPRINTABLE.sub("?", text)[:200])
         with self._lock:
             if backend != REFERENCE:  # which serves last whatever it did: its package is held to its answers again
                 self._dropped.setdefault(task, {})[backend] = fallen
-            self._unsaid[task] = (backend, fallen)
+            self._unsaid[worker, task] = (backend, fallen)
         self._recorder.inc("dicom_node_backend_changes_total", engine=task, backend=backend, reason=fallen.reason)
         self._log.error(
             "backend_dropped", engine=task, backend=backend, reason=fallen.reason, cause=fallen.text,
@@ -105,7 +106,7 @@ class Standing:
         """The change in words; "" where there is none."""
         uses = self._uses.setdefault(task, {})
         before = uses.get(worker)
-        backend, fallen = self._unsaid.pop(task, ("", None))
+        backend, fallen = self._unsaid.pop((worker, task), ("", None))
         if told["error"]:
             uses.pop(worker, None)
             self._show(task)
@@ -114,6 +115,8 @@ class Standing:
         now = ((told["backend"], told["precision"]), told["digest"])
         uses[worker] = now
         self._show(task)
+        if fallen is not None and backend == now[0][0]:  # the reference: behind it there is nothing
+            return f"{task}: {_words(now[0])} serves on, loaded anew: {REASONS[fallen.reason]} ({fallen.text})"
         if fallen is not None:
             return f"{task}: {_words(now[0])} serves; {backend} is left out: {REASONS[fallen.reason]} ({fallen.text})"
         if before is None or before[0] == now[0]:
@@ -158,29 +161,31 @@ class Standing:
         for line in told["accepted"]:
             self._log.info("engine_accepted", engine=task, version=told["version"], digest=told["digest"], **line)
         for tried in told["tried"]:
-            self._record_tried(task, tried)
+            self._record_tried(task, tried, serves=tried["backend"] == told["backend"])
 
-    def _record_tried(self, task: str, tried: Mapping[str, Any]) -> None:
+    def _record_tried(self, task: str, tried: Mapping[str, Any], *, serves: bool) -> None:
         ratios = [line["worst"] / line["tolerance"] for line in tried["lines"] if line["tolerance"] > 0]
         if ratios:
             labels = {"engine": task, "backend": tried["backend"], "precision": tried["precision"]}
             self._recorder.set("dicom_node_engine_acceptance_ratio", max(ratios), **labels)
         for note in tried["notes"]:
-            self._record_note(task, tried["backend"], _UNPRINTABLE.sub("?", note)[:200])
+            self._record_note(task, tried["backend"], _UNPRINTABLE.sub("?", note)[:200], serves=serves)
         if tried["status"] in ("refused", "excluded"):
             self._log.warning(
                 "backend_not_used", engine=task, backend=tried["backend"], precision=tried["precision"],
                 status=tried["status"], reason=tried["reason"],
             )  # fmt: skip
 
-    def _record_note(self, task: str, backend: str, note: str) -> None:
+    def _record_note(self, task: str, backend: str, note: str, *, serves: bool) -> None:
         self._log.warning("backend_noted", engine=task, backend=backend, text=note)
         if _PLANS in note:  # somebody else wrote there, or the disk loses what is written
+            said = f"{task}: {backend} {'serves on' if serves else 'stays accepted'}; {note}"
             self._recorder.inc("dicom_node_backend_changes_total", engine=task, backend=backend, reason="plan")
-            self._changed(f"{task}: {backend} serves on; {note}")
+            self._log.warning("backend_changed", engine=task, text=said)
+            self._changed(said)
 
 
-_BACKENDS = frozenset(acceptance.BackendName.__args__)  # type: ignore[attr-defined]
+_BACKENDS = frozenset(get_args(acceptance.BackendName))
 
 
 def _words(use: Use) -> str:

@@ -230,6 +230,72 @@ def test_openvino_pulled_from_under_a_running_node_changes_nothing_but_its_name(
     assert node.stop() == 0
 
 
+GPU = '''"""A GPU and TensorRT-RTX that are not there: the fakes of the tests, which compute as the renal graph does."""
+import pathlib
+import numpy, onnxruntime
+from fake_tensorrt import Site
+model = pathlib.Path({model!r})
+golden = numpy.load(model / "golden.npz")
+shapes = {{name: [-1, *golden["classifier." + name].shape[1:]] for name in ("x", "logits", "features")}}
+session = onnxruntime.InferenceSession(str(model / "models/classifier/fp32.onnx"), providers=["CPUExecutionProvider"])
+site = Site()
+site.library.network = {{
+    "inputs": {{"x": shapes.pop("x")}}, "outputs": shapes, "dtype": "FLOAT", "errors": []
+}}
+site.library.computes = lambda given: dict(zip(shapes, session.run(list(shapes), {{"x": given["x"].copy()}})))
+site.library.load_error = "damaged" if pathlib.Path({flag!r}).exists() else ""
+'''
+
+
+def with_gpu(node: Node, folder: Path, flag: Path) -> None:
+    """A search path on which the libraries for a GPU are fakes; with the flag there, no plan is taken any more."""
+    (folder / "cuda/bindings").mkdir(parents=True)
+    (folder / "gpu_site.py").write_text(GPU.format(model=str(REPOSITORY / "engines/renal_ceus/model"), flag=str(flag)))
+    (folder / "tensorrt_rtx.py").write_text("import sys, gpu_site\nsys.modules[__name__] = gpu_site.site.library\n")
+    (folder / "cuda/__init__.py").touch()
+    (folder / "cuda/bindings/__init__.py").write_text("import gpu_site\nruntime = gpu_site.site.cuda\n")
+    node.environment = {"PYTHONPATH": os.pathsep.join(map(str, (folder, REPOSITORY / "tests/support", REPOSITORY)))}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_a_plan_cache_poisoned_under_a_running_node_changes_nothing_but_an_alert(make_node, pacs, tmp_path):
+    node, flag = make_node(pacs.port, infer={"runtime": "tensorrt", "timeout_seconds": 30}), tmp_path / "refuse"
+    only(node, "renal_ceus")
+    with_gpu(node, tmp_path / "gpu", flag)
+    node.start()
+    wait_for(lambda: is_ready(node), 90)
+    phantom = make_phantom(tmp_path / "sent", seed=501, label=1)
+    before = result(node, pacs, phantom)
+    assert before["backend"] == "tensorrt_rtx"
+    assert events(node) == []
+    counted = get(node, "metrics")[1]
+    plans = {path: path.read_bytes()[::-1] for path in (node.root / "plans").glob("*.plan")}
+    assert plans
+    for path, poison in plans.items():
+        path.write_bytes(poison)
+
+    os.kill(node.child("dicom_node.worker").pid, signal.SIGKILL)
+    after = result(node, pacs, fresh(phantom, tmp_path / "b.dcm"))
+    assert after["backend"] == "tensorrt_rtx"
+    same(before, after)
+    (event,) = events(node)
+    assert event.startswith("renal_ceus: tensorrt_rtx serves on; model classifier: plan cache: a plan was refused")
+    text = get(node, "metrics")[1]
+    assert 'backend_changes_total{backend="tensorrt_rtx",engine="renal_ceus",reason="plan"} 1.0' in reordered(text)
+    assert alerting(tmp_path, counted, text, "DicomNodeBackendChanged")
+    assert not alerting(tmp_path, counted, text, "DicomNodeBackendNotFirstChoice")
+
+    flag.touch()  # nor is a plan that is built anew taken
+    os.kill(node.child("dicom_node.worker").pid, signal.SIGKILL)
+    last = result(node, pacs, fresh(phantom, tmp_path / "c.dcm"))
+    assert last["backend"] == "onnx"
+    same(before, last)
+    assert "onnx fp32 serves in place of tensorrt_rtx" in events(node)[1]
+    assert alerting(tmp_path, counted, get(node, "metrics")[1], "DicomNodeBackendNotFirstChoice")
+    assert node.stop() == 0
+
+
 SHIM = '''"""OpenVINO, whose inference hangs while a file is there."""
 import pathlib
 __path__ = [{real!r}]

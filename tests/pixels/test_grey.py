@@ -8,13 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dicom_node.pixels.grey import has_color, is_plausible_bmode, resize, tint, to_gray
+from dicom_node.pixels.grey import brightest, chroma, has_color, is_plausible_bmode, resize, tint, to_gray
 
 
 def test_grey_stored_as_rgb_is_kept_exactly() -> None:
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     assert np.array_equal(to_gray(np.stack([grey] * 3, axis=-1)), grey)
     assert to_gray(grey) is grey
+
+
+def test_brightness_and_chroma_are_those_of_the_three_channels() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (33, 47, 3)).astype(np.uint8)
+    for seen in (frame, frame[::-1, ::3], np.asfortranarray(frame)):
+        assert np.array_equal(brightest(seen), seen.max(axis=2))
+        assert np.array_equal(chroma(seen), seen.max(axis=2) - seen.min(axis=2))
+        assert chroma(seen).dtype == np.uint8
 
 
 def test_colours_have_the_luma_of_bt_601() -> None:

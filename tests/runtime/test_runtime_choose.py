@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from dicom_node import packages
 from dicom_node.errors import BackendError, NodeError, PackageError, WorkerError
 from dicom_node.runtime import Place
 from dicom_node.runtime.backends import known
-from dicom_node.runtime.choose import Chosen, Tried, choose, replay
+from dicom_node.runtime.choose import Chosen, Tried, choose, close, replay
 from dicom_node.runtime.onnx import OnnxBackend
 from dicom_node.runtime.openvino import OpenVinoBackend
 
@@ -201,13 +202,29 @@ def test_a_batch_of_one_must_answer_as_a_batch_of_three() -> None:
     assert "off by 5" in line(chosen(told("odd", answer=batch_dependent), reference()), "odd").reason
 
 
+def test_the_largest_batch_is_held_to_the_answers_before_a_study_comes_with_it() -> None:
+    """A plan has a graph for each batch; three golden cases alone would never reach that for sixteen."""
+    wrong = [False]
+
+    def wide(inputs: Any) -> Any:
+        last = np.zeros((len(inputs["x"]), 1), np.float32)
+        last[15:] = 0.5 if wrong[0] else 0
+        return off(last)(inputs)
+
+    fine = chosen(told("odd", answer=wide), reference())
+    assert (fine.backend, fine.sessions["classifier"].bound) == ("odd", 16)
+    wrong[0] = True
+    assert "off by 5" in line(chosen(told("odd", answer=wide), reference()), "odd").reason
+    assert "off by 5" in replay(fine, [tiny_model()], GOLDEN, "classifier", tiny_judge)
+
+
 def test_answers_that_the_next_run_overwrites_are_refused() -> None:
     """A session that gives a view of its own memory would change one patient's answer while the next one runs."""
-    memory = {name: np.zeros_like(array) for name, array in truth({"x": GOLDEN["classifier.x"]}).items()}
+    memory = {name: np.repeat(array[:1], 16, axis=0) for name, array in truth({"x": GOLDEN["classifier.x"]}).items()}
 
     def shared(inputs: Any) -> Any:
-        for name, array in truth({"x": inputs["x"][::-1]} if len(inputs["x"]) == 1 else inputs).items():
-            memory[name][:] = array if len(array) == len(memory[name]) else array[0]
+        for name, array in truth(inputs).items():
+            memory[name][: len(array)] = array
         return {name: array[: len(inputs["x"])] for name, array in memory.items()}
 
     assert "off by" in line(chosen(told("shared", answer=shared), reference()), "shared").reason
@@ -265,8 +282,34 @@ def test_the_caller_knows_which_backend_is_being_touched_when_the_process_dies()
     fast = told("fast", opening=lambda: opened_under.append(said[-1]))
     found = chosen(fast, reference(), at=said.append)
     assert opened_under == ["fast"]
-    assert said[:4] == ["onnx", "", "fast", ""]
+    assert [key for key, _ in groupby(said)][:4] == ["onnx", "", "fast", ""]
     assert (set(said), said[-1], found.backend) == ({"onnx", "fast", ""}, "", "fast")
+
+
+def test_every_model_that_is_loaded_is_a_step_of_its_own() -> None:
+    """The caller gives each so much time; plans of several networks may take it each."""
+    said: list[str] = []
+    golden = GOLDEN | {name.replace("classifier", "second"): array for name, array in GOLDEN.items()}
+    before: list[int] = []
+    fast = told("fast", opening=lambda: before.append(said.count("fast")))
+    chosen(fast, reference(), models=[tiny_model(), tiny_model(name="second")], golden=golden, at=said.append)
+    assert before[1] == before[0] + 1
+
+
+def test_what_is_not_taken_is_closed_as_a_call_of_its_library() -> None:
+    """One that crashes while it frees memory is to blame, not the engine; one that raises stops nothing."""
+    said: list[str] = []
+    closed_under: list[str] = []
+
+    def closing() -> None:
+        closed_under.append(said[-1])
+        raise RuntimeError("context is lost")
+
+    slow = told("slow", seconds=SLOW, closing=closing)
+    found = chosen(slow, told("other", seconds=SLOW / 8), reference(), at=said.append)
+    assert (found.backend, closed_under, said[-1]) == ("other", ["slow"], "")
+    close("slow", {n: slow.open(tiny_model(), Place()) for n in ("a", "b")}, said.append)
+    assert (slow.open_now, closed_under) == (0, ["slow"] * 3)  # the second too, although the first raised
 
 
 def test_what_a_backend_notes_while_it_loads_is_told() -> None:

@@ -57,7 +57,7 @@ def test_a_plan_is_built_once_and_kept_for_us_alone(tmp_path: Path, version: str
     assert record["key"] == {
         "kind": "plan", "library": site.name, "version": version.split()[1], "gpu": "NVIDIA RTX A4000", "sm": "8.6",
         "multiprocessors": "48", "driver": record["key"]["driver"], "graph": model_of().digests["fp32"],
-        "profile": "1/4/16", "settings": record["key"]["settings"],
+        "profile": "1/4/16; x 1x4x4", "settings": record["key"]["settings"],
     }  # fmt: skip
     assert "CUDA 13.0" in record["key"]["driver"] and "no TF32" in record["key"]["settings"]
 
@@ -121,6 +121,14 @@ def test_another_graph_or_profile_or_setting_builds_anew(tmp_path: Path) -> None
     assert (site.library.builds, len(files(folder, "plan"))) == (4, 2)
 
 
+def test_a_size_that_the_graph_leaves_open_is_part_of_the_key(tmp_path: Path) -> None:
+    """Two packages with one graph, whose golden cases have other sizes."""
+    site, graph = Site(), graph_bytes(inputs={"x": [-1, 1, -1, -1]})
+    for builds, size in ((1, 4), (2, 8), (3, 4)):
+        session = site.open(model_of(graph, shapes={"x": (1, size, size)}), Place(plans=tmp_path / "p"))
+        assert (session.notes, site.library.builds) == ((), builds)
+
+
 def plan_of(folder: Path) -> Path:
     (path,) = files(folder, "plan")
     return path
@@ -164,6 +172,15 @@ def swap_record(path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps(record))
 
 
+def promise(size: int) -> Callable[[Path], Any]:
+    def change(path: Path) -> None:
+        record = json.loads(path.with_suffix(".json").read_text())
+        record["plan"]["bytes"] = size
+        path.with_suffix(".json").write_text(json.dumps(record))
+
+    return change
+
+
 def bad_record(text: str) -> Callable[[Path], Any]:
     return lambda path: path.with_suffix(".json").write_text(text)
 
@@ -182,6 +199,9 @@ def bad_record(text: str) -> Callable[[Path], Any]:
         (lambda path: path.chmod(0o602), "it belongs to another user or is open to others"),
         (lambda path: path.with_suffix(".json").chmod(0o666), "it belongs to another user or is open to others"),
         (swap_record, "its record is another plan's"),
+        (promise(10**30), "its bytes are not those that were recorded"),
+        (promise(1 << 50), "its bytes are not those that were recorded"),
+        (promise(-5), "its bytes are not those that were recorded"),
         (bad_record("{"), "its record is damaged"),
         (bad_record("[1]"), "its record is damaged"),
         (bad_record("[" * 50_000), "its record is damaged"),
@@ -257,6 +277,29 @@ def test_a_poisoned_timing_cache_only_makes_a_build_slower(tmp_path: Path) -> No
     assert "refused" in session.notes[0] and site.library.built["timing"] == b""
 
 
+def test_the_timing_cache_is_not_read_while_another_engine_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for all graphs, which load side by side: half of a pair would be told as somebody else's work."""
+    folder, site, write, notes = tmp_path / "p", Site(VERSIONS[1]), Plans._write, list[Any]()
+    serve(site, folder)
+    place = Place(plans=folder)
+    beside = threading.Thread(
+        target=lambda: notes.append(Site(VERSIONS[1]).open(model_of(graph_bytes(other=2)), place).notes)
+    )
+
+    def slowly(self: Plans, name: str, data: bytes) -> None:
+        write(self, name, data)
+        if data == b"++" and beside.ident is None:
+            beside.start()
+            time.sleep(0.4)
+
+    monkeypatch.setattr(Plans, "_write", slowly)
+    notes.append(site.open(model_of(graph_bytes(other=1)), place).notes)
+    beside.join()
+    assert notes == [(), ()]
+
+
 def test_a_timing_cache_of_another_machine_is_left_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(VERSIONS[0])
     monkeypatch.setattr(Plans, "get", lambda self, key: b"other machine" if key.parts["kind"] == "timing" else None)
@@ -305,7 +348,7 @@ def test_a_full_disk_costs_the_next_start_a_build(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(plans.os, "fsync", full)
     session = serve(Site(), tmp_path / "p")
     assert session.notes == ("model classifier: plan cache: a plan cannot be kept (No space left on device)",)
-    assert [path.suffix for path in (tmp_path / "p").iterdir()] == [".lock"]
+    assert {path.suffix for path in (tmp_path / "p").iterdir()} == {".lock"}
 
 
 def test_the_cache_is_bounded_and_keeps_what_was_used_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,9 +40,10 @@ class ToldBackend:
         seconds: float = 0.0,
         pause: Callable[[float], object] = time.sleep,
         opening: Callable[[], object] | None = None,
+        closing: Callable[[], object] = lambda: None,
     ) -> None:
         self.name, self.precision, self._missing, self._answer = name, precision, missing, answer
-        self._pause, self._opening = partial(pause, seconds), opening
+        self._pause, self._opening, self.closing = partial(pause, seconds), opening, closing
         self.open_now, self.opened = 0, 0
         self.notes: tuple[str, ...] = ()
 
@@ -70,6 +71,7 @@ class _ToldSession:
 
     def close(self) -> None:
         self._owner.open_now -= 1
+        self._owner.closing()
 
 
 def tiny_model(**changes: Any) -> Model:

@@ -1,7 +1,8 @@
 """A worker whose backends do what a file tells them: `python -m odd_worker`, started by WorkerClient(module=…).
 
 `ODD_BACKENDS` names a JSON file {backend: behaviour}, read at every call, so that a backend that was accepted can turn.
-Behaviours: "" (sound), missing, load-crash, refuse, lie, raise, leak, nan, shape, crash, hang, slow.
+Behaviours: "" (sound), missing, load-crash, refuse, lie, raise, leak, nan, shape, crash, hang, slow, and stuck: NaN,
+and a crash when it is left.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dicom_node.errors import BackendError
-from dicom_node.runtime import Backend, Model, Place, Session
+from dicom_node.runtime import Backend, Model, Place, Session, choose
 from dicom_node.runtime.onnx import OnnxBackend
 from dicom_node.worker.child import main
+
+choose.SECONDS = 0.05
+"""Of each race: these backends differ by tens of milliseconds, and the least number of rounds shows that."""
 
 
 def behaviour(name: str) -> str:
@@ -50,13 +54,15 @@ class OddSession:
         time.sleep(0.1 if mode == "slow" else self._seconds)
         if mode == "lie":
             return {name: array + np.float32(0.5) for name, array in answer.items()}
-        if mode == "nan":
+        if mode in ("nan", "stuck"):
             return {name: array * np.float32("nan") for name, array in answer.items()}
         if mode == "shape":
             return {name: array[:1, :1] for name, array in answer.items()}
         return answer
 
     def close(self) -> None:
+        if behaviour(self.backend) == "stuck":
+            os.kill(os.getpid(), signal.SIGSEGV)
         self._inner.close()
 
 
