@@ -469,6 +469,15 @@ def test_what_is_no_acceptance_table_is_not_taken(change: dict[str, Any]) -> Non
         acceptance.checked(told() | change)
 
 
+def test_what_is_shown_on_a_terminal_is_one_plain_line() -> None:
+    bad, after = "off\n\x1b[2J by 5.0e-02 \u2026", told()
+    after["tried"][0] |= {"reason": bad, "notes": [bad], "version": bad}
+    (line, _) = acceptance.checked(after)["tried"]
+    plain = "off??[2J by 5.0e-02 \u2026"
+    assert (line["reason"], line["notes"], line["version"]) == (plain, [plain], plain)
+    assert acceptance.checked({"error": bad + "x" * 5000})["error"] == (plain + "x" * 5000)[:2000]
+
+
 def test_the_table_is_kept_for_people_and_a_damaged_file_is_none(tmp_path: Path) -> None:
     table = {"t": {"at": 5.0, **told()}, "u": {"at": 6.0, "error": "no package"}}
     acceptance.write(tmp_path, table)
