@@ -231,6 +231,22 @@ def test_of_engines_loaded_side_by_side_the_backend_that_crashes_is_found(odd: C
     assert bench.client.loading == ()
 
 
+@pytest.mark.long
+def test_a_device_that_is_lost_costs_a_job_one_attempt_whatever_the_other_engines_ran_on(
+    odd: Callable[..., Odd],
+) -> None:
+    bench = odd("one", "two")
+    bench.client.ready(60)
+    before = made_by(bench.run(engine="one"))
+    bench.tell(cuda="crash")
+    with pytest.raises(WorkerError, match="SIGSEGV"):
+        bench.run(engine="one")
+    bench.tell(cuda="load-crash")
+    after = made_by(bench.run(engine="one"))
+    assert (after[0], after[1]) == ("openvino", before[1])
+    assert (bench.using("two"), bench.tried("two")["cuda"]) == ("openvino", "excluded")
+
+
 def test_a_backend_that_drifts_is_found_by_the_replay_and_left(odd: Callable[..., Odd]) -> None:
     bench = odd()
     bench.client.ready(60)

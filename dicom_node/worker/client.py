@@ -154,7 +154,7 @@ class WorkerClient:
             "previous_input_digest": previous,
         }
         with self._lock:
-            child = self._ensure()
+            child = self._ensure_for_a_job()
             try:
                 answer = child.ask(message, time.monotonic() + timeout, self._hear)
                 return _reply(answer, job.id)
@@ -240,6 +240,21 @@ class WorkerClient:
         if self._closing.is_set():
             raise NodeStoppingError
         return self._start()
+
+    def _ensure_for_a_job(self) -> ChildProcess:
+        """A job must not pay with its few attempts for starts that each find one more backend to leave out: of a lost
+        device, one for every engine."""
+        while True:
+            known = self._left_out()
+            try:
+                return self._ensure()
+            except WorkerError:
+                if self._left_out() == known:
+                    raise
+
+    def _left_out(self) -> tuple[object, ...]:
+        """What failed starts have taught the next one."""
+        return self._one_by_one, dict(self._suspects), dict(self._load_crashes), self._standing.excluded()
 
     def _start(self) -> ChildProcess:
         tasks = [task for task in self._tasks if task not in self._load_crashes]
