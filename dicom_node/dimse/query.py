@@ -17,8 +17,8 @@ from pynetdicom import AE
 from pynetdicom.presentation import build_context
 
 from dicom_node.config import Query
+from dicom_node.dimse.requestor import associate
 from dicom_node.dimse.sender import why_not
-from dicom_node.dimse.tls import client_context
 from dicom_node.errors import ConfigError, QueryError
 
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
@@ -73,12 +73,9 @@ class Finder:
         ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = seconds
         contexts = [build_context(STUDY_ROOT_FIND, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])]
         try:
-            tls = (client_context(self._query.tls), self._query.host) if self._query.tls is not None else None
+            association = associate(ae, self._query, contexts)
         except ConfigError as e:
             raise QueryError(str(e)) from None
-        association = ae.associate(
-            self._query.host, self._query.port, contexts, ae_title=self._query.ae_title, tls_args=tls
-        )
         if not association.is_established:
             why = why_not(association, self._query, seconds).reason
             raise QueryError(f"the PACS takes no association for C-FIND: {why}")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pydicom
 from pydicom.dataset import Dataset
@@ -24,7 +24,8 @@ from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import build_context
 
-from dicom_node.config import Destination, Tls
+from dicom_node.config import Destination
+from dicom_node.dimse.requestor import Peer, associate
 from dicom_node.dimse.status import Outcome, classify
 from dicom_node.dimse.tls import client_context
 from dicom_node.errors import ConfigError
@@ -145,15 +146,7 @@ class Sender:
             # A context of its own: in a shared one the peer would choose, and might choose against what we hold.
             compressed = sorted({t for c, t in wanted if c == sop_class and UID(t).is_compressed})
             contexts += [build_context(sop_class, [syntax]) for syntax in compressed]
-        tls = (client_context(to.tls), to.host) if to.tls is not None else None
-        return ae.associate(
-            to.host,
-            to.port,
-            contexts,
-            ae_title=to.ae_title,
-            tls_args=tls,
-            evt_handlers=[(evt.EVT_CONN_OPEN, _no_delay), (evt.EVT_DATA_SENT, _quick_ack)],
-        )
+        return associate(ae, to, contexts, [(evt.EVT_CONN_OPEN, _no_delay), (evt.EVT_DATA_SENT, _quick_ack)])
 
     def _store(self, path: Path, head: Dataset, wanted: tuple[str, str]) -> SendOutcome:
         association = self._association
@@ -217,17 +210,6 @@ def _decompressed(dataset: Dataset) -> Dataset:
 
 def _said(status: int) -> str:
     return "" if status == 0 else f"C-STORE answered with 0x{status:04X}"
-
-
-class Peer(Protocol):
-    """Where an association was to go."""
-
-    @property
-    def host(self) -> str: ...
-    @property
-    def port(self) -> int: ...
-    @property
-    def tls(self) -> Tls | None: ...
 
 
 def why_not(association: Association, to: Peer, seconds: float = CONNECT_SECONDS) -> SendOutcome:

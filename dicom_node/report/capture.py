@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
-from pydicom.pixels.encoders.base import RLELosslessEncoder
 from pydicom.tag import Tag
 from pydicom.uid import (
     ExplicitVRLittleEndian,
@@ -29,7 +28,7 @@ from pydicom.uid import (
 )
 
 from dicom_node import __version__
-from dicom_node.report import codes, objects, picture
+from dicom_node.report import codes, objects, picture, rle
 from dicom_node.report.context import ReportContext, Variant
 from dicom_node.report.uids import Uids
 from dicom_node.report.wording import NOT_ANATOMY, mark_of, series_description
@@ -60,7 +59,8 @@ class Frames:
     """Which of the heatmap's frames."""
     ranks: tuple[int, ...]
     """Position of each in the order of saliency."""
-    pixels: NDArray[np.uint8]
+    pixels: tuple[NDArray[np.uint8], ...]
+    """RGB (rows, columns, 3)."""
     packed: tuple[bytes, ...]
 
     def at(self, positions: Sequence[int]) -> Frames:
@@ -68,49 +68,35 @@ class Frames:
         return Frames(
             tuple(self.indices[n] for n in positions),
             tuple(self.ranks[n] for n in positions),
-            self.pixels[list(positions)],
+            tuple(self.pixels[n] for n in positions),
             tuple(self.packed[n] for n in positions),
         )
 
     def most_salient(self, count: int) -> Frames:
         return self.at([n for n, rank in enumerate(self.ranks) if rank < count])
 
+    @property
+    def smaller_packed(self) -> bool:
+        """Whether the object is written as RLE Lossless."""
+        return sum(map(len, self.packed)) < sum(frame.nbytes for frame in self.pixels)
+
 
 def draw(result: Result, finding: Finding, heatmap: Heatmap, context: ReportContext) -> Frames:
-    """Choose, draw and pack the frames; once for all variants."""
+    """Choose, draw and pack the frames; once for all variants. What `max_mb` leaves out is not drawn."""
     capture = context.config.capture
-    order = np.argsort(-picture.saliency(heatmap, context.spool), kind="stable")[: capture.max_frames]
-    caption = picture.caption_of(result, finding)
-    drawn = picture.render_frames(heatmap, context.spool, caption, [int(i) for i in order])
+    order = np.argsort(-picture.saliency(heatmap, context.spool), kind="stable")[: capture.max_frames].tolist()
+    drawn: list[NDArray[np.uint8]] = []
     packed: list[bytes] = []
-    total = 0
-    for frame in drawn:
-        data = pack(frame)
-        total += min(len(data), frame.nbytes)
-        if packed and total > capture.max_mb * 1e6:
+    plain_bytes = packed_bytes = 0
+    for frame in picture.each_frame(heatmap, context.spool, picture.caption_of(result, finding), order):
+        data = rle.encode(frame)
+        plain_bytes, packed_bytes = plain_bytes + frame.nbytes, packed_bytes + len(data)
+        if packed and min(plain_bytes, packed_bytes) > capture.max_mb * 1e6:
             break
+        drawn.append(frame)
         packed.append(data)
-    by_rank = Frames(
-        tuple(int(i) for i in order[: len(packed)]), tuple(range(len(packed))), drawn[: len(packed)], tuple(packed)
-    )
-    return by_rank.at(sorted(range(len(packed)), key=by_rank.indices.__getitem__))
-
-
-def pack(frame: NDArray[np.uint8]) -> bytes:
-    """One frame RLE encoded, always by the same plug-in: another one may pack the same pixels differently."""
-    return RLELosslessEncoder.encode(
-        frame,
-        rows=frame.shape[0],
-        columns=frame.shape[1],
-        samples_per_pixel=3,
-        bits_allocated=8,
-        bits_stored=8,
-        pixel_representation=0,
-        photometric_interpretation="RGB",
-        number_of_frames=1,
-        planar_configuration=0,
-        encoding_plugin="pylibjpeg",
-    )
+    by_rank = Frames(tuple(order[: len(packed)]), tuple(range(len(packed))), tuple(drawn), tuple(packed))
+    return by_rank.at(sorted(by_rank.ranks, key=by_rank.indices.__getitem__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +144,7 @@ def _capture(
 ) -> Dataset:
     name = variant.name("capture")
     provenance = subject.result.provenance
-    packed = sum(map(len, frames.packed)) < frames.pixels.nbytes
+    packed = frames.smaller_packed
     identity = objects.Identity(
         sop_class_uid=SOP_CLASS[variant.capture],
         sop_instance_uid=uids.instance("capture", name, subject.index, number),
@@ -283,7 +269,7 @@ def _timing(made: Dataset, n: int, frame_ms: float | None) -> None:
 
 def add_pixels(made: Dataset, frames: Frames, packed: bool) -> None:
     """PS3.3 A.8.5.4: RGB, eight bits, colour by pixel."""
-    _, made.Rows, made.Columns, made.SamplesPerPixel = frames.pixels.shape
+    made.Rows, made.Columns, made.SamplesPerPixel = frames.pixels[0].shape
     made.PhotometricInterpretation, made.PlanarConfiguration = "RGB", 0
     made.BitsAllocated, made.BitsStored, made.HighBit, made.PixelRepresentation = 8, 8, 7, 0
     if packed:
@@ -291,6 +277,6 @@ def add_pixels(made: Dataset, frames: Frames, packed: bool) -> None:
         made["PixelData"].VR = "OB"
         made["PixelData"].is_undefined_length = True
     else:
-        data = frames.pixels.tobytes()
+        data = b"".join(frame.tobytes() for frame in frames.pixels)
         made.PixelData = data + b"\0" * (len(data) % 2)
         made["PixelData"].VR = "OB"

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
-from dicom_node.report import objects, picture
+from dicom_node.report import objects, picture, rle
 from dicom_node.report.capture import (
     SOP_CLASS,
     Frames,
@@ -25,7 +25,6 @@ from dicom_node.report.capture import (
     add_equipment,
     add_pixels,
     add_side,
-    pack,
     source_images,
 )
 from dicom_node.report.context import ReportContext, Variant
@@ -85,8 +84,9 @@ def draw(result: Result, finding: Finding, fusion: Fusion) -> NDArray[np.uint8]:
     height = _TOP + _ROW * (len(points) + 3) + 96
     image = Image.new("RGB", (_WIDTH, height + height % 2), picture.PAPER)
     if caption.across:  # under the axes: they stay readable
-        for grey, mask in picture.mark_across((_WIDTH, _ROW * (len(points) + 3)), caption.across):
-            image.paste((grey, grey, grey), (0, _TOP), mask.point(lambda strength: strength // 2))
+        rows, marked = _ROW * (len(points) + 3), np.array(image)
+        picture.mark_of_area((_WIDTH, rows), caption.across, faint=True).over(marked[_TOP : _TOP + rows])
+        image = Image.fromarray(marked)
     pen = ImageDraw.Draw(image)
     pen.text((20, 16), caption.title, picture.INK, picture.font(19), anchor="lt")
     pen.text((20, 44), f"Nomogram: {finding.scores[0].outcome.meaning}", picture.DIM, picture.font(14), anchor="lt")
@@ -118,8 +118,8 @@ def build(
 ) -> Dataset:
     """The figure as one more capture of the finding, in a series of its own."""
     name, provenance = variant.name("capture"), subject.result.provenance
-    frames = Frames((0,), (0,), figure[None], (pack(figure),))
-    packed = len(frames.packed[0]) < figure.nbytes
+    frames = Frames((0,), (0,), (figure,), (rle.encode(figure),))
+    packed = frames.smaller_packed
     identity = objects.Identity(
         sop_class_uid=SOP_CLASS[variant.capture],
         sop_instance_uid=uids.instance("nomogram", name, subject.index, 1),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -44,6 +44,8 @@ _PLASMA = (
 INK, DIM, PAPER, WARNING = (238, 238, 238), (168, 172, 178), (18, 19, 22), (255, 196, 64)
 _MARGIN, _GAP, _BAR, _TICKS = 16, 10, 16, 58
 _TITLE, _BODY = 19, 14
+_UNPAINTED: Final = 256
+"""In place of the index of a colour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +97,36 @@ def saliency(heatmap: Heatmap, spool: Path) -> NDArray[np.float64]:
 
 def colours(values: NDArray[Any]) -> NDArray[np.uint8]:
     """Plasma: 0..1 to RGB."""
-    index = np.rint(np.clip(values, 0, 1) * 255).astype(np.intp)
-    return _palette()[index]
+    return _palette()[_index(values)]
+
+
+def _index(values: NDArray[Any]) -> NDArray[np.intp]:
+    """Of the colour of 0..1."""
+    return np.rint(np.clip(values, 0, 1) * 255).astype(np.intp)
 
 
 def blend(frame: NDArray[np.uint8], values: NDArray[np.float32], vmin: float, vmax: float) -> NDArray[np.uint8]:
-    """The map over an RGB frame. A pixel below `vmin` is the frame's own."""
-    painted = (values >= vmin)[..., None]
-    over = colours((values - vmin) / (vmax - vmin))
-    mixed = np.rint(frame * (1 - ALPHA) + over * ALPHA).astype(np.uint8)
-    return np.where(painted, mixed, frame)
+    """The map over a frame, grey or RGB, as RGB. A pixel below `vmin` is the frame's own."""
+    index = _index((values - vmin) / (vmax - vmin))
+    index[values < vmin] = _UNPAINTED
+    index *= 256
+    out = np.empty((*values.shape, 3), np.uint8)
+    for channel, mixed in enumerate(_mixed()):
+        level = frame if frame.ndim == 2 else frame[..., channel]
+        out[..., channel] = mixed.take(index + level)
+    return out
 
 
 def render_frames(
     heatmap: Heatmap, spool: Path, caption: Caption, indices: Sequence[int] | None = None
 ) -> NDArray[np.uint8]:
     """The picture of the chosen frames (0-based; None = all) as RGB (n, height, width, 3)."""
+    chosen = range(len(heatmap.frame_refs)) if indices is None else indices
+    return np.stack(list(each_frame(heatmap, spool, caption, chosen)))
+
+
+def each_frame(heatmap: Heatmap, spool: Path, caption: Caption, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+    """The pictures of these frames one after the other, each drawn when it is asked for."""
     frames, maps = load_array(heatmap.frames, spool), load_array(heatmap.map, spool)
     if not math.isfinite(heatmap.vmin) or not heatmap.vmin < heatmap.vmax < math.inf:
         raise ReportError("a heatmap without a fixed scale: vmin < vmax is needed")
@@ -118,18 +134,15 @@ def render_frames(
         raise ReportError("a heatmap whose frames, finite map and frame references do not belong together")
     layout = Layout.of(frames.shape[1], frames.shape[2], caption)
     background = _background(layout, heatmap, caption)
-    mark = mark_across(layout.images, caption.across) if caption.across else ()
-    chosen = range(len(frames)) if indices is None else indices
-    out = np.empty((len(chosen), layout.height, layout.width, 3), np.uint8)
-    for n, i in enumerate(chosen):
-        frame = frames[i] if frames.ndim == 4 else np.repeat(frames[i][..., None], 3, axis=2)
-        picture = background.copy()
-        _panels(picture, layout, frame, maps[i], heatmap)
-        for grey, mask in mark:
-            picture.paste((grey, grey, grey), (layout.left, layout.top), mask)
-        _frame_number(picture, layout, heatmap.frame_refs, i)
-        out[n] = np.asarray(picture)
-    return out
+    empty = np.asarray(background)
+    mark = mark_of_area(layout.images, caption.across) if caption.across else None
+    for i in indices:
+        picture = empty.copy()
+        _panels(picture, layout, frames[i], maps[i], heatmap)
+        if mark is not None:
+            mark.over(_area(picture, (layout.left, layout.top), layout.images))
+        _frame_number(picture, background, layout, heatmap.frame_refs, i)
+        yield picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +208,15 @@ def _palette() -> NDArray[np.uint8]:
     return np.stack([np.rint(np.interp(every, at, anchors[:, c])) for c in range(3)], axis=1).astype(np.uint8)
 
 
+@lru_cache(maxsize=1)
+def _mixed() -> NDArray[np.uint8]:
+    """Each colour half transparent over each level of a channel: (3, 256 * colour + level); `_UNPAINTED` leaves it."""
+    levels, over = np.arange(256)[None, :], _palette().T[:, :, None]
+    mixed = np.rint(levels * (1 - ALPHA) + over * ALPHA).astype(np.uint8)
+    own = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+    return np.concatenate([mixed, own], axis=1).reshape(3, -1)
+
+
 def _background(layout: Layout, heatmap: Heatmap, caption: Caption) -> Image.Image:
     """Everything that is the same on all frames."""
     picture = Image.new("RGB", (layout.width, layout.height), PAPER)
@@ -235,14 +257,52 @@ def _colour_bar(picture: Image.Image, draw: ImageDraw.ImageDraw, layout: Layout,
         draw.text((x + _BAR + 6, y + round((1 - part) * height)), f"{value:.3g}", INK, font(_BODY), anchor=anchor)
 
 
+def _area(picture: NDArray[np.uint8], at: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A part of the picture, to be written to: upper left corner (x, y), size (width, height)."""
+    (x, y), (width, height) = at, size
+    return picture[y : y + height, x : x + width]
+
+
 def _panels(
-    picture: Image.Image, layout: Layout, frame: NDArray[np.uint8], values: NDArray[np.float32], heatmap: Heatmap
+    picture: NDArray[np.uint8],
+    layout: Layout,
+    frame: NDArray[np.uint8],
+    values: NDArray[np.float32],
+    heatmap: Heatmap,
 ) -> None:
-    left = Image.fromarray(np.ascontiguousarray(frame)).resize(layout.panel, Image.Resampling.BICUBIC)
+    source = Image.fromarray(np.ascontiguousarray(frame)).resize(layout.panel, Image.Resampling.BICUBIC)
     smooth = Image.fromarray(np.ascontiguousarray(values, np.float32)).resize(layout.panel, Image.Resampling.BILINEAR)
-    picture.paste(left, (layout.left, layout.top))
-    mixed = blend(np.asarray(left), np.asarray(smooth), heatmap.vmin, heatmap.vmax)
-    picture.paste(Image.fromarray(mixed), layout.second)
+    left = np.asarray(source)
+    _area(picture, (layout.left, layout.top), layout.panel)[:] = left if left.ndim == 3 else left[..., None]
+    mixed = blend(left, np.asarray(smooth), heatmap.vmin, heatmap.vmax)
+    _area(picture, layout.second, layout.panel)[:] = mixed
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What `mark_across` changes of an area: a twentieth of its pixels, so each frame need not be gone over twice."""
+
+    rows: NDArray[np.intp]
+    columns: NDArray[np.intp]
+    layers: tuple[tuple[int, NDArray[np.uint16]], ...]
+    """Grey level, and how much of it at each pixel (0..255)."""
+
+    def over(self, area: NDArray[np.uint8]) -> None:
+        """Draw it; with the rounding of Pillow's `paste`."""
+        found: NDArray[Any] = area[self.rows, self.columns].astype(np.uint16)
+        for grey, strength in self.layers:
+            mixed = found * (255 - strength) + (grey * strength + 128)
+            found = (mixed + (mixed >> 8)) >> 8
+        area[self.rows, self.columns] = found
+
+
+@lru_cache(maxsize=16)
+def mark_of_area(area: tuple[int, int], text: str, *, faint: bool = False) -> Mark:
+    """`faint`: half as strong. Kept from picture to picture: to size and turn it takes as long as several frames."""
+    masks = [(grey, np.asarray(mask) // (2 if faint else 1)) for grey, mask in mark_across(area, text)]
+    rows, columns = np.nonzero(np.any([mask for _, mask in masks], axis=0))
+    layers = tuple((grey, mask[rows, columns, None].astype(np.uint16)) for grey, mask in masks)
+    return Mark(rows, columns, layers)
 
 
 def mark_across(area: tuple[int, int], text: str) -> tuple[tuple[int, Image.Image], ...]:
@@ -271,12 +331,16 @@ def mark_across(area: tuple[int, int], text: str) -> tuple[tuple[int, Image.Imag
     return tuple(masks)
 
 
-def _frame_number(picture: Image.Image, layout: Layout, references: Sequence[FrameRef], i: int) -> None:
+def _frame_number(
+    picture: NDArray[np.uint8], background: Image.Image, layout: Layout, references: Sequence[FrameRef], i: int
+) -> None:
     """The number in the source (from 1), so that a reader finds the frame again."""
     reference = references[i]
     if reference.number_of_frames > 1:
         text = f"frame {reference.frame_number} of {reference.number_of_frames}"
     else:
         text = f"image {i + 1} of {len(references)}"
+    above = background.crop((0, 0, layout.width, layout.top))
     at = (layout.width - _MARGIN, _MARGIN)
-    ImageDraw.Draw(picture).text(at, text, INK, font(_TITLE - 2), anchor="rt")
+    ImageDraw.Draw(above).text(at, text, INK, font(_TITLE - 2), anchor="rt")
+    picture[: layout.top] = np.asarray(above)

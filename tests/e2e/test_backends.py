@@ -171,7 +171,7 @@ def alerting(folder: Path, before: str, after: str, name: str) -> bool:
 @pytest.mark.timeout(400)
 def test_the_fastest_accepted_backend_of_every_engine_serves_and_is_named(make_node, pacs, tmp_path):
     pytest.importorskip("openvino")
-    node = make_node(pacs.port).start()
+    node = make_node(pacs.port, infer={"runtime": "auto"}).start()
     status, body = get(node, "readyz")
     assert status == 503 and "engines are loading: " in body
     wait_for(lambda: is_ready(node), 120)

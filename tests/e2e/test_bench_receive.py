@@ -110,7 +110,7 @@ def test_a_quick_run_of_everything():
 
 def test_the_profile_finds_every_part_and_counts_none_twice(tmp_path):
     """A function that was renamed would have no share; parts inside each other would leave less than nothing."""
-    said = list(bench_profile.profile(tmp_path, 1))
+    said = list(bench_profile.profile(tmp_path, 1, bench_profile.PROFILED[:1]))
     shares = [int(found[1]) for line in said if (found := re.search(r"\| (-?\d+)% \|$", line))]
     assert len(shares) == len(bench_profile.PARTS) + 1
     assert all(share > 0 for share in shares), said

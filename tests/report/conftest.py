@@ -161,6 +161,9 @@ class Case:
             refs, (10, 20, 89, 79), 1.0, 4.0, self.frame_time_ms,
         )  # fmt: skip
 
+    def spill(self, name: str, array: np.ndarray[Any, Any]) -> ArrayFile:
+        return spill(self.folder, name, array)
+
     def finding(self, heatmap: Heatmap | None) -> Finding:
         refs = heatmap.frame_refs[: self.frames // 2] if heatmap else ()
         return Finding(

@@ -45,7 +45,7 @@ def test_the_smaller_encoding_is_chosen(case: Any) -> None:
 
 def test_plain_frames_where_rle_would_be_larger(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = case.capture().pixel_array
-    monkeypatch.setattr("dicom_node.report.capture.pack", lambda frame: bytes(frame.nbytes))
+    monkeypatch.setattr("dicom_node.report.rle.encode", lambda frame: bytes(frame.nbytes))
     plain = case.only("capture")
     assert plain.transfer_syntax_uid == EXPLICIT
     assert (case.read(plain).pixel_array == expected).all()
@@ -64,6 +64,28 @@ def test_the_size_limit_holds_and_leaves_at_least_one_frame(case: Any) -> None:
     assert len(half.data) <= limit * 1e6 + 10_000
     assert 1 <= case.read(half).NumberOfFrames < 12
     assert case.read(case.build(config=config(max_mb=0.001))[1]).NumberOfFrames == 1
+
+
+def test_what_the_size_limit_leaves_out_is_not_drawn(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dicom_node.report import rle
+
+    drawn: list[int] = []
+    real = rle.encode
+    monkeypatch.setattr("dicom_node.report.rle.encode", lambda frame: (drawn.append(1), real(frame))[1])
+    assert case.read(case.build(config=config(max_mb=0.001))[1]).NumberOfFrames == 1
+    assert len(drawn) == 2, "the second tells that the limit is reached"
+
+
+def test_the_size_limit_holds_for_plain_frames(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dicom_node.report.rle.encode", lambda frame: bytes(frame.nbytes))
+    frame_mb = case.capture().pixel_array[0].nbytes / 1e6
+    four = case.build(config=config(max_mb=4.5 * frame_mb))[1]
+    assert four.transfer_syntax_uid == EXPLICIT and case.read(four).NumberOfFrames == 4
+    assert len(four.data) <= 4.5 * frame_mb * 1e6
+
+
+def test_a_repeated_run_makes_the_same_bytes(case: Any) -> None:
+    assert [b.data for b in case.build()] == [b.data for b in case.build()]
 
 
 def test_keyframes_are_single_images_of_one_series(case: Any) -> None:

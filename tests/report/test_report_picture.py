@@ -28,6 +28,17 @@ def test_nothing_is_painted_below_vmin_and_the_scale_is_fixed() -> None:
     assert (out[0, 1] == low).all() and (out[0, 2] == high).all() and (out[0, 3] == high).all()
 
 
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_the_map_is_half_transparent_to_the_last_grey_level(channels: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(3)
+    frame = rng.integers(0, 256, (200, 300, *channels), np.uint8)
+    values = rng.uniform(0, 5, (200, 300)).astype(np.float32)
+    colour = np.broadcast_to(frame[..., None] if frame.ndim == 2 else frame, (200, 300, 3)).astype(float)
+    mixed = np.rint(colour * (1 - ALPHA) + colours((values - 1.0) / (4.0 - 1.0)) * ALPHA)
+    expected = np.where((values >= 1.0)[..., None], mixed, colour)
+    assert np.array_equal(blend(frame, values, 1.0, 4.0), expected)
+
+
 def test_the_colour_map_rises_in_lightness_and_is_never_grey() -> None:
     ramp = colours(np.linspace(0, 1, 256)).astype(float)
     lightness = ramp @ (0.2126, 0.7152, 0.0722)
@@ -67,6 +78,21 @@ def test_the_demonstration_mark_lies_across_the_image_whatever_its_shape(shape: 
         assert box[0] > 0 and box[2] < letters.width and box[1] > 0 and box[3] < letters.height, "no letter is cut"
 
 
+@pytest.mark.parametrize("faint", [False, True])
+def test_the_mark_is_drawn_as_pillow_would(faint: bool) -> None:
+    from PIL import Image
+
+    from dicom_node.report import picture as module
+
+    text = "TRAINED ON SIMULATED IMAGES - NOT A PATIENT RESULT"
+    pixels = np.random.default_rng(1).integers(0, 256, (374, 810, 3), np.uint8)
+    expected = Image.fromarray(pixels)
+    for grey, mask in module.mark_across((810, 374), text):
+        expected.paste((grey, grey, grey), (0, 0), mask.point(lambda level: level // 2) if faint else mask)
+    module.mark_of_area((810, 374), text, faint=faint).over(pixels)
+    assert np.array_equal(pixels, np.asarray(expected))
+
+
 def test_the_mark_changes_every_demonstration_frame_and_no_other(case: Any) -> None:
     def rendered(use: str) -> np.ndarray[Any, Any]:
         case.intended_use = use
@@ -88,7 +114,16 @@ def test_saliency_counts_only_what_is_above_the_scale(case: Any) -> None:
 
 def test_colour_frames_and_single_images_are_drawn(case: Any) -> None:
     case.frames = 1
-    assert render_frames(case.heatmap(), case.folder, CAPTION).shape[0] == 1
+    grey = render_frames(case.heatmap(), case.folder, CAPTION)
+    assert grey.shape[0] == 1
+    heatmap = case.heatmap()
+    frames = np.repeat(np.load(case.folder / heatmap.frames.name)[..., None], 3, axis=3)
+    coloured = replace(heatmap, frames=case.spill("rgb.npy", frames))
+    assert np.array_equal(render_frames(coloured, case.folder, CAPTION), grey), "grey as RGB is the same picture"
+    frames[..., 0] = 255 - frames[..., 0]
+    coloured = replace(heatmap, frames=case.spill("rgb.npy", frames))
+    left, _ = panels(Layout.of(60, 80, CAPTION), render_frames(coloured, case.folder, CAPTION)[0])
+    assert (left[..., 0] > left[..., 1]).all()
 
 
 def test_an_array_that_is_not_the_one_named_is_refused(case: Any) -> None:

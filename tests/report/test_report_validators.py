@@ -48,7 +48,7 @@ def test_dciodvfy_finds_no_error_in_any_object(case: Any, dciodvfy: Judge, use: 
 def test_dciodvfy_finds_no_error_in_a_plain_capture(
     case: Any, dciodvfy: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dicom_node.report.capture.pack", lambda frame: bytes(frame.nbytes))
+    monkeypatch.setattr("dicom_node.report.rle.encode", lambda frame: bytes(frame.nbytes))
     built = case.only("capture")
     assert built.transfer_syntax_uid == "1.2.840.10008.1.2.1"
     assert dciodvfy(case.save(built)) == []

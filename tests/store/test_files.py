@@ -199,6 +199,26 @@ def test_incoming_is_listed_oldest_first(files):
     assert files.count_incoming() == 5
 
 
+def test_a_large_instance_is_on_its_way_to_the_disk_while_it_comes_in(files, monkeypatch):
+    """Else all of it would wait for the fsync at its end, and the disk for all of it."""
+    begun, real = [], os.posix_fadvise
+
+    def advise(fd, offset, length, advice):
+        begun.append((offset, length, advice))
+        real(fd, offset, length, advice)
+
+    monkeypatch.setattr(files_module.os, "posix_fadvise", advise)
+    piece = bytes(range(256)) * 512
+    part = files.new_part(META)
+    for _ in range(2 * files_module.FLUSH_BYTES // len(piece) + 3):
+        part.write(piece)
+    assert begun == [(n * files_module.FLUSH_BYTES, files_module.FLUSH_BYTES, os.POSIX_FADV_DONTNEED) for n in (0, 1)]
+    stored = part.commit(0.0).read_bytes()
+    assert stored[part.meta.dataset_offset :] == piece * (2 * files_module.FLUSH_BYTES // len(piece) + 3)
+    store(files)
+    assert len(begun) == 2
+
+
 def test_quarantine_keeps_the_newest_and_the_reasons(files, monkeypatch):
     monkeypatch.setattr(files_module, "MAX_QUARANTINE_FILES", 3)
     for i in range(5):

@@ -19,7 +19,12 @@ from typing import Any
 import psutil
 import pydicom
 import pytest
+import sqlalchemy.exc
 import yaml
+
+from dicom_node.errors import LedgerError
+from dicom_node.store import inspect
+from dicom_node.store.ledger import open_read_only
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SHIPPED_CONFIG = REPOSITORY / "config.yaml"
@@ -174,16 +179,30 @@ class Node:
             json.loads(done.stdout) if done.returncode == 0 else {"state": "UNKNOWN", "outcomes": [], "deliveries": []}
         )
 
+    def state(self, study_uid: str) -> str:
+        """From the ledger: a process for each look would take the processor from the node. "" = not known yet."""
+        try:
+            engine = open_read_only(self.root, self.settings["store"].get("ledger"))
+            with engine.connect() as tx:
+                found = inspect.explain(tx, study_uid)
+            engine.dispose()
+        except (LedgerError, sqlalchemy.exc.OperationalError):  # it is only now being made
+            return ""
+        return str(found["state"]) if found else ""
+
     def wait_state(self, study_uid: str, *states: str, seconds: float = 45.0) -> dict[str, Any]:
         answer: dict[str, Any] = {}
 
         def reached() -> bool:
+            if self.state(study_uid) not in states:
+                return False
             answer.update(self.explain(study_uid))
             return answer["state"] in states
 
         try:
-            wait_for(reached, seconds, every=0.2)
+            wait_for(reached, seconds, every=0.1)
         except pytest.fail.Exception:
+            answer = self.explain(study_uid)
             said = json.dumps(answer, indent=1)[:3000]
             pytest.fail(f"study stays {answer.get('state')}: {said}\n{self.log.read_text()[-3000:]}")
         return answer
