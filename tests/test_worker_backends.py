@@ -231,6 +231,25 @@ def test_of_engines_loaded_side_by_side_the_backend_that_crashes_is_found(odd: C
     assert bench.client.loading == ()
 
 
+def test_what_one_worker_left_no_other_goes_on_with(odd: Callable[..., Odd]) -> None:
+    bench = odd()
+    first, second = bench.client, bench.worker(1)
+    try:
+        for worker in (first, second):
+            assert worker.ready(60)["tiny"]["backend"] == "cuda"
+        bench.tell(cuda="nan")
+        assert made_by(bench.run())[0] == "openvino"
+        bench.tell()  # what failed there looks well here
+        bench.client = second
+        assert made_by(bench.run())[0] == "openvino"
+        assert (bench.gauge("cuda"), bench.restarts("dropped")) == (0, 1)
+        assert "tiny: openvino fp32 serves in place of cuda fp32: it gave no sound answer" in bench.said[1]
+        pid = second.pid
+        assert (made_by(bench.run())[0], second.pid) == ("openvino", pid)
+    finally:
+        first.close()
+
+
 @pytest.mark.long
 def test_a_device_that_is_lost_costs_a_job_one_attempt_whatever_the_other_engines_ran_on(
     odd: Callable[..., Odd],

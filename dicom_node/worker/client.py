@@ -232,9 +232,12 @@ class WorkerClient:
         child = self._child
         if child is not None:
             code = child.process.poll()
-            if code is None:
+            if code is None and not self._runs_what_was_dropped():
                 return child
-            self._lose(child, "crash", f"the idle worker ended ({cause(code)})")
+            if code is None:
+                self._lose(child, "dropped", "another worker left a backend that this one runs on")
+            else:
+                self._lose(child, "crash", f"the idle worker ended ({cause(code)})")
         if self._failed_starts:
             self._closing.wait(min(MAX_PAUSE, 0.2 * 2.0**self._failed_starts))
         if self._closing.is_set():
@@ -251,6 +254,11 @@ class WorkerClient:
             except WorkerError:
                 if self._left_out() == known:
                     raise
+
+    def _runs_what_was_dropped(self) -> bool:
+        """By another worker: of the same device the same is to be feared here."""
+        dropped = self._standing.excluded()
+        return any(told.get("backend") in dropped.get(task, ()) for task, told in self._engines.items())
 
     def _left_out(self) -> tuple[object, ...]:
         """What failed starts have taught the next one."""
