@@ -231,6 +231,15 @@ def test_of_engines_loaded_side_by_side_the_backend_that_crashes_is_found(odd: C
     assert bench.client.loading == ()
 
 
+def test_a_package_is_not_refused_for_a_backend_that_dies_of_it(odd: Callable[..., Odd]) -> None:
+    bench = odd()
+    bench.client.ready(60)
+    bench.tell(cuda="load-crash")
+    told = bench.client.load("tiny")
+    assert (told["error"], told["backend"]) == ("", "openvino")
+    assert (bench.changes("cuda", "crash"), bench.using()) == (1, "openvino")
+
+
 def test_what_one_worker_left_no_other_goes_on_with(odd: Callable[..., Odd]) -> None:
     bench = odd()
     first, second = bench.client, bench.worker(1)

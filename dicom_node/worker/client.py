@@ -154,7 +154,7 @@ class WorkerClient:
             "previous_input_digest": previous,
         }
         with self._lock:
-            child = self._ensure_for_a_job()
+            child = self._ensure_in_the_end()
             try:
                 answer = child.ask(message, time.monotonic() + timeout, self._hear)
                 return _reply(answer, job.id)
@@ -170,17 +170,23 @@ class WorkerClient:
         """
         message = {"kind": "load", "task": task, "candidate": None if candidate is None else str(candidate.absolute())}
         with self._lock:
-            child = self._ensure()
-            try:
-                told = _loaded(child.ask(message, time.monotonic() + START_LIMIT, self._hear, step=START_SECONDS))
-            except LostError as e:
-                self._lose(child, e.reason, e.text)
-                raise WorkerError(f"while the package was loaded: {e.text}") from None
+            told = self._loaded(message)
             if not told["error"]:
                 self._load_crashes.pop(task, None)
                 self._suspects.pop(task, None)
                 self._told({task: told})
         return told
+
+    def _loaded(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A package is not refused for a backend that takes the child with it: the next child loads it without."""
+        while True:
+            child, known = self._ensure_in_the_end(), self._standing.excluded()
+            try:
+                return _loaded(child.ask(message, time.monotonic() + START_LIMIT, self._hear, step=START_SECONDS))
+            except LostError as e:
+                self._lose(child, e.reason, e.text)
+                if self._standing.excluded() == known:
+                    raise WorkerError(f"while the package was loaded: {e.text}") from None
 
     def replay(self, older_than: float, timeout: float, *, patience: float = 5.0) -> bool:
         """Have the engine replay its golden cases that gave their answers longest ago, if that is `older_than` seconds.
@@ -244,9 +250,9 @@ class WorkerClient:
             raise NodeStoppingError
         return self._start()
 
-    def _ensure_for_a_job(self) -> ChildProcess:
-        """A job must not pay with its few attempts for starts that each find one more backend to leave out: of a lost
-        device, one for every engine."""
+    def _ensure_in_the_end(self) -> ChildProcess:
+        """Neither does a job pay with its few attempts, nor is a package refused, for starts that each find one more
+        backend to leave out: of a lost device, one for every engine."""
         while True:
             known = self._left_out()
             try:
