@@ -231,6 +231,50 @@ def test_of_engines_loaded_side_by_side_the_backend_that_crashes_is_found(odd: C
     assert bench.client.loading == ()
 
 
+def test_a_package_is_not_refused_for_a_backend_that_dies_of_it(odd: Callable[..., Odd]) -> None:
+    bench = odd()
+    bench.client.ready(60)
+    bench.tell(cuda="load-crash")
+    told = bench.client.load("tiny")
+    assert (told["error"], told["backend"]) == ("", "openvino")
+    assert (bench.changes("cuda", "crash"), bench.using()) == (1, "openvino")
+
+
+def test_what_one_worker_left_no_other_goes_on_with(odd: Callable[..., Odd]) -> None:
+    bench = odd()
+    first, second = bench.client, bench.worker(1)
+    try:
+        for worker in (first, second):
+            assert worker.ready(60)["tiny"]["backend"] == "cuda"
+        bench.tell(cuda="nan")
+        assert made_by(bench.run())[0] == "openvino"
+        bench.tell()  # what failed there looks well here
+        bench.client = second
+        assert made_by(bench.run())[0] == "openvino"
+        assert (bench.gauge("cuda"), bench.restarts("dropped")) == (0, 1)
+        assert "tiny: openvino fp32 serves in place of cuda fp32: it gave no sound answer" in bench.said[1]
+        pid = second.pid
+        assert (made_by(bench.run())[0], second.pid) == ("openvino", pid)
+    finally:
+        first.close()
+
+
+@pytest.mark.long
+def test_a_device_that_is_lost_costs_a_job_one_attempt_whatever_the_other_engines_ran_on(
+    odd: Callable[..., Odd],
+) -> None:
+    bench = odd("one", "two")
+    bench.client.ready(60)
+    before = made_by(bench.run(engine="one"))
+    bench.tell(cuda="crash")
+    with pytest.raises(WorkerError, match="SIGSEGV"):
+        bench.run(engine="one")
+    bench.tell(cuda="load-crash")
+    after = made_by(bench.run(engine="one"))
+    assert (after[0], after[1]) == ("openvino", before[1])
+    assert (bench.using("two"), bench.tried("two")["cuda"]) == ("openvino", "excluded")
+
+
 def test_a_backend_that_drifts_is_found_by_the_replay_and_left(odd: Callable[..., Odd]) -> None:
     bench = odd()
     bench.client.ready(60)
@@ -467,6 +511,15 @@ def test_what_is_no_acceptance_table_is_not_taken(change: dict[str, Any]) -> Non
     assert acceptance.checked(told()) == told()
     with pytest.raises(ValueError, match="validation error"):
         acceptance.checked(told() | change)
+
+
+def test_what_is_shown_on_a_terminal_is_one_plain_line() -> None:
+    bad, after = "off\n\x1b[2J by 5.0e-02 \u2026", told()
+    after["tried"][0] |= {"reason": bad, "notes": [bad], "version": bad}
+    (line, _) = acceptance.checked(after)["tried"]
+    plain = "off??[2J by 5.0e-02 \u2026"
+    assert (line["reason"], line["notes"], line["version"]) == (plain, [plain], plain)
+    assert acceptance.checked({"error": bad + "x" * 5000})["error"] == (plain + "x" * 5000)[:2000]
 
 
 def test_the_table_is_kept_for_people_and_a_damaged_file_is_none(tmp_path: Path) -> None:

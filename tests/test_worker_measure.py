@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fake_tensorrt
 import numpy as np
 import pytest
 import yaml
@@ -126,6 +127,25 @@ def test_a_plan_may_take_longer_than_a_worker_would_wait(monkeypatch, tmp_path):
     question = asked(tmp_path, backend="tensorrt_rtx", targets=["SM86"])
     (line,) = planning.build(question)["lines"]
     assert (line["status"], "took longer than 0 s" in line["reason"]) == ("refused", True)
+
+
+def test_what_is_kept_was_found_and_what_the_cache_says_is_told(tmp_path):
+    site, model = fake_tensorrt.Site(), fake_tensorrt.model_of()
+    place = Place(plans=tmp_path / "plans")
+
+    def made() -> tuple[str, str, bool]:
+        status, reason, _, size, _ = planning._for_this_machine(site.backend(), model, place)
+        return status, reason, bool(size)
+
+    assert (made(), made()) == (("built", "", True), ("kept", "", True))
+    (plan,) = (tmp_path / "plans").glob("*.plan")
+    plan.write_bytes(b"poison")
+    status, reason, there = made()
+    assert (status, there) == ("built", True)
+    assert "a plan was refused and is built again" in reason
+    (tmp_path / "link").symlink_to(tmp_path / "plans")
+    place = Place(plans=tmp_path / "link")
+    assert "not used, plans are built at every start" in made()[1]
 
 
 def test_a_gpu_nobody_knows_ends_with_1(config, capsys):

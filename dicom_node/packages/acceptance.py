@@ -7,11 +7,12 @@ file is shown (`engines list`) and never believed: a worker holds what serves to
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dicom_node.store.files import write_durable
 
@@ -21,7 +22,16 @@ BackendName = Literal["onnx", "openvino", "cuda", "tensorrt", "tensorrt_rtx"]
 Precision = Literal["fp32", "fp16"]
 Status = Literal["accepted", "refused", "not here", "excluded", "not tried"]
 STATUSES: tuple[str, ...] = get_args(Status)
-Text = Annotated[str, Field(max_length=400)]
+_UNPRINTABLE = re.compile(r"[^\x20-\x7e\u00a0-\u024f\u2010-\u2026]")
+
+
+def plain(text: str) -> str:
+    """One line of Latin letters: what a child says is printed on a terminal."""
+    return _UNPRINTABLE.sub("?", text)
+
+
+Text = Annotated[str, Field(max_length=400), AfterValidator(plain)]
+Label = Annotated[str, Field(max_length=120), AfterValidator(plain)]
 
 
 class _Said(BaseModel):
@@ -44,7 +54,7 @@ class TriedBackend(_Said):
 
     backend: BackendName
     precision: Precision
-    version: Annotated[str, Field(max_length=120)]
+    version: Label
     status: Status
     reason: Text
     notes: Annotated[tuple[Text, ...], Field(max_length=8)]
@@ -63,7 +73,7 @@ class Serving(_Said):
     algorithm: Annotated[str, Field(max_length=64)]
     backend: BackendName
     precision: Precision
-    library: Annotated[str, Field(max_length=120)]
+    library: Label
     accepted: Annotated[tuple[Line, ...], Field(max_length=64)]
     tried: Annotated[tuple[TriedBackend, ...], Field(max_length=32)]
     seconds: float
@@ -72,7 +82,7 @@ class Serving(_Said):
 class Refused(_Said):
     """One that does not."""
 
-    error: Annotated[str, Field(min_length=1)]
+    error: Annotated[str, Field(min_length=1), AfterValidator(lambda text: plain(text)[:2000])]
 
 
 def checked(told: Any) -> dict[str, Any]:

@@ -139,6 +139,8 @@ def _phases(config: Config) -> Iterator[Finding]:
 
 def _unbuilt(config: Config) -> Iterator[Finding]:
     """Keys that this version reads and does not yet act on: said loudly, never ignored in silence."""
+    if config.infer.devices != "auto":
+        yield "error", "infer.devices", f"{config.infer.devices} is not in this version: auto, which is the first GPU"
     for name, destination in config.deliver.destinations.items():
         if destination.commitment:
             yield "error", f"destination {name}", "storage commitment is not in this version: commitment: false"

@@ -154,7 +154,7 @@ class WorkerClient:
             "previous_input_digest": previous,
         }
         with self._lock:
-            child = self._ensure()
+            child = self._ensure_in_the_end()
             try:
                 answer = child.ask(message, time.monotonic() + timeout, self._hear)
                 return _reply(answer, job.id)
@@ -170,17 +170,23 @@ class WorkerClient:
         """
         message = {"kind": "load", "task": task, "candidate": None if candidate is None else str(candidate.absolute())}
         with self._lock:
-            child = self._ensure()
-            try:
-                told = _loaded(child.ask(message, time.monotonic() + START_LIMIT, self._hear, step=START_SECONDS))
-            except LostError as e:
-                self._lose(child, e.reason, e.text)
-                raise WorkerError(f"while the package was loaded: {e.text}") from None
+            told = self._loaded(message)
             if not told["error"]:
                 self._load_crashes.pop(task, None)
                 self._suspects.pop(task, None)
                 self._told({task: told})
         return told
+
+    def _loaded(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A package is not refused for a backend that takes the child with it: the next child loads it without."""
+        while True:
+            child, known = self._ensure_in_the_end(), self._standing.excluded()
+            try:
+                return _loaded(child.ask(message, time.monotonic() + START_LIMIT, self._hear, step=START_SECONDS))
+            except LostError as e:
+                self._lose(child, e.reason, e.text)
+                if self._standing.excluded() == known:
+                    raise WorkerError(f"while the package was loaded: {e.text}") from None
 
     def replay(self, older_than: float, timeout: float, *, patience: float = 5.0) -> bool:
         """Have the engine replay its golden cases that gave their answers longest ago, if that is `older_than` seconds.
@@ -232,14 +238,37 @@ class WorkerClient:
         child = self._child
         if child is not None:
             code = child.process.poll()
-            if code is None:
+            if code is None and not self._runs_what_was_dropped():
                 return child
-            self._lose(child, "crash", f"the idle worker ended ({cause(code)})")
+            if code is None:
+                self._lose(child, "dropped", "another worker left a backend that this one runs on")
+            else:
+                self._lose(child, "crash", f"the idle worker ended ({cause(code)})")
         if self._failed_starts:
             self._closing.wait(min(MAX_PAUSE, 0.2 * 2.0**self._failed_starts))
         if self._closing.is_set():
             raise NodeStoppingError
         return self._start()
+
+    def _ensure_in_the_end(self) -> ChildProcess:
+        """Neither does a job pay with its few attempts, nor is a package refused, for starts that each find one more
+        backend to leave out: of a lost device, one for every engine."""
+        while True:
+            known = self._left_out()
+            try:
+                return self._ensure()
+            except WorkerError:
+                if self._left_out() == known:
+                    raise
+
+    def _runs_what_was_dropped(self) -> bool:
+        """By another worker: of the same device the same is to be feared here."""
+        dropped = self._standing.excluded()
+        return any(told.get("backend") in dropped.get(task, ()) for task, told in self._engines.items())
+
+    def _left_out(self) -> tuple[object, ...]:
+        """What failed starts have taught the next one."""
+        return self._one_by_one, dict(self._suspects), dict(self._load_crashes), self._standing.excluded()
 
     def _start(self) -> ChildProcess:
         tasks = [task for task in self._tasks if task not in self._load_crashes]

@@ -68,14 +68,16 @@ def _for_this_machine(
     """Opened as the worker opens it, so that what is kept is what it will find."""
     before, begun = set(plans_of(place, model, backend)), time.monotonic()
     try:
-        backend.open(model, place).close()
+        session = backend.open(model, place)
+        session.close()
     except (BackendError, PackageError) as e:
         return REFUSED, str(e), None, None, ""
     seconds, after = time.monotonic() - begun, plans_of(place, model, backend)
     new = [key for key in after if key not in before]
     found = (new or list(after))[:1]
-    status = BUILT if new else KEPT
-    return status, "", seconds, after[found[0]] if found else None, found[0] if found else ""
+    notes = tuple(getattr(session, "notes", ()))
+    status = BUILT if new or notes or not found else KEPT  # a plan that was refused is built under its old name
+    return status, "; ".join(notes), seconds, after[found[0]] if found else None, found[0] if found else ""
 
 
 def plans_of(place: Place, model: Model, backend: TensorRtBackend) -> dict[str, int]:

@@ -6,7 +6,6 @@ engine in every later child, until the node starts again. Nothing changes in sil
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -33,7 +32,6 @@ REASONS = {
 }
 _PLANS = "plan cache: "
 """How notes on the cache of compiled plans begin (`runtime/plans.py`)."""
-_UNPRINTABLE = re.compile(r"[^\x20-\x7e\u00a0-\u024f\u2010-\u2026]")
 
 
 class _Drop(NamedTuple):
@@ -75,7 +73,7 @@ class Standing:
     def drop(self, worker: int, task: str, backend: str, reason: str, text: str) -> None:
         """A worker left a backend: left out for this engine in every child that starts from now on."""
         backend = backend if backend in _BACKENDS else "other"
-        fallen = _Drop(reason if reason in REASONS else "answer", _UNPRINTABLE.sub("?", text)[:200])
+        fallen = _Drop(reason if reason in REASONS else "answer", acceptance.plain(text)[:200])
         with self._lock:
             if backend != REFERENCE:  # which serves last whatever it did: its package is held to its answers again
                 self._dropped.setdefault(task, {})[backend] = fallen
@@ -110,8 +108,7 @@ class Standing:
         if told["error"]:
             uses.pop(worker, None)
             self._show(task)
-            lost = _UNPRINTABLE.sub("?", told["error"])[:200]
-            return f"{task}: nothing serves any longer: {lost}" if before or fallen else ""
+            return f"{task}: nothing serves any longer: {told['error'][:200]}" if before or fallen else ""
         now = ((told["backend"], told["precision"]), told["digest"])
         uses[worker] = now
         self._show(task)
@@ -169,7 +166,7 @@ class Standing:
             labels = {"engine": task, "backend": tried["backend"], "precision": tried["precision"]}
             self._recorder.set("dicom_node_engine_acceptance_ratio", max(ratios), **labels)
         for note in tried["notes"]:
-            self._record_note(task, tried["backend"], _UNPRINTABLE.sub("?", note)[:200], serves=serves)
+            self._record_note(task, tried["backend"], note[:200], serves=serves)
         if tried["status"] in ("refused", "excluded"):
             self._log.warning(
                 "backend_not_used", engine=task, backend=tried["backend"], precision=tried["precision"],

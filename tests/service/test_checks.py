@@ -59,6 +59,15 @@ def test_a_runtime_that_is_not_here_is_said_before_a_study_depends_on_it(
     assert any("CUDA device" in f["text"] or "onnxruntime-gpu" in f["text"] for f in lines) or runtime != "cuda"
 
 
+def test_a_choice_of_devices_is_not_ignored_in_silence(tmp_path: Path) -> None:
+    for devices, said in (("auto", []), ("0,1", ["0,1 is not in this version: auto, which is the first GPU"])):
+        found, code = check(
+            config.parse({"infer": {"devices": devices}, "engines": {"path": []}}, file="x", base=tmp_path)
+        )
+        assert [f["text"] for f in found["findings"] if f["about"] == "infer.devices"] == said
+        assert code or not said
+
+
 def _said(base: Path, **clinical: Any) -> dict[str, list[str]]:
     found, _ = check(config.parse({"clinical": clinical}, file="x", base=base))
     said: dict[str, list[str]] = {}

@@ -127,7 +127,7 @@ class Bench:
         self, folder: Path, tasks: tuple[str, ...] = ("tiny",), module: str = "dicom_node.worker", **infer: Any
     ) -> None:
         self.root, self.metrics, self.log = folder / "root", Metrics(), Lines()
-        config = Config(
+        self.config = config = Config(
             engines=Engines(path=(folder / "engines",)),
             store=Store(root=self.root),
             infer=Infer(**{"memory_gb": 2} | infer),
@@ -142,7 +142,20 @@ class Bench:
             changed=self.said.append,
             keep=lambda table: self.kept.append(dict(table)),
         )
-        self.client = WorkerClient(config, tasks, self.log, self.metrics, self.standing, module=module)  # type: ignore[arg-type]
+        self.tasks, self.module = tasks, module
+        self.client = self.worker(0)
+
+    def worker(self, number: int) -> WorkerClient:
+        """One of the workers of this node."""
+        return WorkerClient(
+            self.config,
+            self.tasks,
+            self.log,
+            self.metrics,
+            self.standing,
+            number=number,
+            module=self.module,  # type: ignore[arg-type]
+        )
 
     def run(self, mode: str = "ok", *, timeout: float = 30, engine: str = "tiny", **how: Any) -> Reply:
         previous, clinical = how.pop("previous", None), how.pop("clinical", ())
