@@ -73,7 +73,7 @@ class InferStage:
     def run_once(self) -> bool:
         """One job. True = there was one."""
         lease = self._config.timeout_seconds + WORKER_START_SECONDS
-        with self._ledger.write() as tx:
+        with self._ledger.write(wakes=False) as tx:
             job = jobs.claim(tx, Stage.INFER, self._ledger.clock(), lease)
         if job is None:
             return False

@@ -110,6 +110,15 @@ def test_objects_arrive_as_they_are_most_urgent_first_over_one_association(line,
     assert {r["state"] for r in line.rows().values()} == {"DELIVERED"}
 
 
+def test_what_was_delivered_wakes_no_other_stage(line, pacs):
+    line.queue(), line.queue(SR)
+    stage, woken = line.stage(pacs.port), []
+    line.ledger.on_commit = lambda: woken.append(1)
+    drain(stage)
+    stage.close()
+    assert {r["state"] for r in line.rows().values()} == {"DELIVERED"} and woken == []
+
+
 def test_a_peer_without_rle_gets_the_same_pixels_uncompressed_and_the_file_stays(line, tmp_path):
     uid = line.queue()
     (stored,) = line.root.glob("*.dcm")

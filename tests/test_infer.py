@@ -118,6 +118,14 @@ def test_demonstration_results_stay_on_the_machine(make_room, intended_use, deli
     assert (None if report is None else report.payload["destinations"]) == sent
 
 
+def test_the_answer_wakes_the_stages_and_the_claim_does_not(make_room):
+    room = make_room(deliver=["near"])
+    woken = []
+    room.ledger.on_commit = lambda: woken.append(bool(room.answers))
+    room.run(said())
+    assert woken == [False], "once, after the answer: each stage that is woken holds up the one that has work"
+
+
 def test_shadow_mode_sends_nothing_whatever_the_package(make_room):
     room = make_room(deliver=["near"], mode="shadow")
     assert room.run(said("research"))["code"] == "ROUTE_SHADOW"

@@ -13,7 +13,7 @@ from dicom_node.errors import ReportError, StoreError
 from dicom_node.packages import Task
 from dicom_node.report import capture, nomogram, objects, sr, uids
 from dicom_node.report.context import BuiltObject, ObjectKind, ReportContext, Variant
-from dicom_node.report.normalise import read_source
+from dicom_node.report.normalise import read_reference, read_source
 from dicom_node.result import Provenance, Refusal, Result
 from dicom_node.study import Instance
 
@@ -33,7 +33,7 @@ def _as_report_error() -> Iterator[None]:
 def build(result: Result, sources: Mapping[str, Instance], context: ReportContext) -> tuple[BuiltObject, ...]:
     """Every object that some variant wants of this result, SR first."""
     instances = _needed(result.source_instances, sources)
-    headers = {i.sop_instance_uid: read_source(i.path, context.fallback_charset) for i in instances}
+    headers = _headers(instances, _copied_from(result), context)
     content = {"result": result.to_json() | {"seconds": 0}}
     keys = uids.Uids.of(context, uids.content_digest(content, instances, context))
     built: list[BuiltObject] = []
@@ -70,7 +70,7 @@ def build_not_assessable(
     instances = list(sources.values())
     if not instances:
         raise ReportError("a report needs at least one source instance: it says whose patient and study it is")
-    headers = [read_source(i.path, context.fallback_charset) for i in instances]
+    headers = list(_headers(instances, {instances[0].sop_instance_uid}, context).values())
     content = {"refusal": [refusal.code, task.task, provenance.package_digest if provenance else ""]}
     keys = uids.Uids.of(context, uids.content_digest(content, instances, context))
     built = []
@@ -92,6 +92,23 @@ def _needed(wanted: Iterable[str], sources: Mapping[str, Instance]) -> list[Inst
         return [sources[uid] for uid in wanted]
     except KeyError:
         raise StoreError("a source instance of the result is no longer stored") from None
+
+
+def _copied_from(result: Result) -> set[str]:
+    """The instances whose patient, study and equipment some object carries: the first of the result, and of each of
+    its series."""
+    first = {result.source_instances[0], *(f.sources[0].sop_instance_uid for f in result.findings if f.sources)}
+    return first | {f.heatmap.frame_refs[0].sop_instance_uid for f in result.findings if f.heatmap is not None}
+
+
+def _headers(instances: Iterable[Instance], whole: set[str], context: ReportContext) -> dict[str, Dataset]:
+    """Of the others a report says no more than which image it is, how large, and where it lies."""
+    return {
+        i.sop_instance_uid: read_source(i.path, context.fallback_charset)
+        if i.sop_instance_uid in whole
+        else read_reference(i.path)
+        for i in instances
+    }
 
 
 def _distinct(variants: Iterable[Variant], kind: ObjectKind) -> Iterator[Variant]:

@@ -66,7 +66,14 @@ TYPE_2: Final = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "ReferringPhysicianName",
     "StudyID", "AccessionNumber",
 )  # fmt: skip
+REFERENCED: Final = (  # of an image that a report refers to and takes neither patient nor study from
+    "StudyInstanceUID", "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "Rows", "Columns",
+    "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod",
+    "FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
+    "SpacingBetweenSlices",
+)  # fmt: skip
 TAGS: Final = [tag for tag in map(tag_for_keyword, CARRIED + CONSULTED) if tag is not None]
+_REFERENCED: Final = [tag for tag in map(tag_for_keyword, REFERENCED) if tag is not None]
 
 _TEXT = frozenset({"SH", "LO", "UC", "PN"})
 _LONG_TEXT = frozenset({"ST", "LT", "UT"})
@@ -88,20 +95,27 @@ def read_source(path: Path, fallback_charset: str = "") -> Dataset:
 
     `fallback_charset`: for text that is not in the character set the file declares, as in `store.header`.
     """
+    return normalise(_read(path, TAGS), fallback_charset)
+
+
+def read_reference(path: Path) -> Dataset:
+    """Read and normalise what a report needs of an image it only refers to: a stack has hundreds. Raises StoreError."""
+    clean = Dataset()
+    _copy_all(_read(path, _REFERENCED), _REFERENCED, clean, charset_of(()))  # none of it is localised text
+    return clean
+
+
+def _read(path: Path, tags: list[int]) -> Dataset:
     try:
-        dataset = dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
+        return dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
     except (OSError, InvalidDicomError, EOFError, *_UNREADABLE) as e:
         raise StoreError(f"the header of a source instance cannot be read ({type(e).__name__})") from None
-    return normalise(dataset, fallback_charset)
 
 
 def normalise(dataset: Dataset, fallback_charset: str = "") -> Dataset:
     """The clean copy; `dataset` is not changed."""
     clean = Dataset()
-    charset = _charset(dataset, charset_of((), fallback_charset))
-    for tag in TAGS:
-        if tag in dataset:
-            _copy(dataset, tag, clean, 0, charset)
+    _copy_all(dataset, TAGS, clean, _charset(dataset, charset_of((), fallback_charset)))
     if clean.get("PatientSex") not in ("M", "F", "O"):
         clean.PatientSex = ""
     if "OtherPatientIDs" in clean and "OtherPatientIDsSequence" not in clean:
@@ -148,6 +162,12 @@ def _text_of(dataset: Dataset, tag: Any, charset: Charset) -> Any:
         return None
     text = charset.decode(raw.value).rstrip(" \0")
     return text if vr in _LONG_TEXT or "\\" not in text else text.split("\\")
+
+
+def _copy_all(dataset: Dataset, tags: list[int], clean: Dataset, charset: Charset) -> None:
+    for tag in tags:
+        if tag in dataset:
+            _copy(dataset, tag, clean, 0, charset)
 
 
 def _copy(dataset: Dataset, tag: Any, clean: Dataset, depth: int, charset: Charset) -> None:

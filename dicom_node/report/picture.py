@@ -110,11 +110,10 @@ def blend(frame: NDArray[np.uint8], values: NDArray[np.float32], vmin: float, vm
     index = _index((values - vmin) / (vmax - vmin))
     index[values < vmin] = _UNPAINTED
     index *= 256
-    out = np.empty((*values.shape, 3), np.uint8)
-    for channel, mixed in enumerate(_mixed()):
-        level = frame if frame.ndim == 2 else frame[..., channel]
-        out[..., channel] = mixed.take(index + level)
-    return out
+    if frame.ndim == 2:
+        at = index + frame
+        return np.stack([mixed.take(at) for mixed in _mixed()]).transpose(1, 2, 0)
+    return np.stack([mixed.take(index + frame[..., c]) for c, mixed in enumerate(_mixed())]).transpose(1, 2, 0)
 
 
 def render_frames(
@@ -134,10 +133,10 @@ def each_frame(heatmap: Heatmap, spool: Path, caption: Caption, indices: Sequenc
         raise ReportError("a heatmap whose frames, finite map and frame references do not belong together")
     layout = Layout.of(frames.shape[1], frames.shape[2], caption)
     background = _background(layout, heatmap, caption)
-    empty = np.asarray(background)
+    empty = np.asarray(background).transpose(2, 0, 1).copy().transpose(1, 2, 0)  # in memory plane by plane, as RLE is
     mark = mark_of_area(layout.images, caption.across) if caption.across else None
     for i in indices:
-        picture = empty.copy()
+        picture = empty.copy(order="K")
         _panels(picture, layout, frames[i], maps[i], heatmap)
         if mark is not None:
             mark.over(_area(picture, (layout.left, layout.top), layout.images))

@@ -41,7 +41,7 @@ class RouteStage:
 
     def run_once(self) -> bool:
         """One study. True = there was one."""
-        with self._ledger.write() as tx:
+        with self._ledger.write(wakes=False) as tx:
             job = jobs.claim(tx, Stage.ROUTE, self._ledger.clock(), LEASE_SECONDS)
         if job is None:
             return False

@@ -53,8 +53,11 @@ def _write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def write_durable(path: Path, data: bytes) -> None:
-    """The file is there whole, or not at all: temporary file, fsync, rename, fsync of the folder. Raises StoreError."""
+def write_durable(path: Path, data: bytes, sync: Callable[[], None] | None = None) -> None:
+    """The file is there whole, or not at all: temporary file, fsync, rename, fsync of the folder. Raises StoreError.
+
+    `sync` makes the names in the folder durable, in place of an fsync of its own (store/sync.py).
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
@@ -64,7 +67,7 @@ def write_durable(path: Path, data: bytes) -> None:
         finally:
             os.close(fd)
         temporary.rename(path)
-        fsync_folder(path.parent)
+        fsync_folder(path.parent) if sync is None else sync()
     except OSError as e:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -26,7 +26,8 @@ LEDGER_FILE = "ledger.sqlite"
 class Ledger:
     """`with ledger.write() as tx:` is one durable transaction; everything in it happens or nothing does.
 
-    `on_commit` is called after each commit that changed something (the service wakes the stages with it).
+    `on_commit` is called after each commit that changed something (the service wakes the stages with it), but not of a
+    transaction that says by `wakes=False` that it leaves nothing for another stage: a claim, or what was delivered.
     """
 
     def __init__(self, root: Path, url: str | None = None, *, clock: Clock = time.time) -> None:
@@ -66,13 +67,13 @@ class Ledger:
             raise LedgerError(f"the ledger cannot be opened: {e.orig}") from e
 
     @contextmanager
-    def write(self) -> Iterator[sa.Connection]:
+    def write(self, *, wakes: bool = True) -> Iterator[sa.Connection]:
         """One transaction on the only writing connection. Raises sqlalchemy.exc.DBAPIError."""
         with self._lock, self._engine.begin() as tx:
             before = _changes(tx)
             yield tx
             changed = before is None or _changes(tx) != before
-        if changed:  # a claim that found nothing must not wake every stage
+        if changed and wakes:  # each stage that is woken asks the ledger, and holds up the one that has work
             self.on_commit()
 
     @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dicom_node import report
 from dicom_node.config import Report as ReportConfig
 from dicom_node.report import Variant
 from dicom_node.result import Code
@@ -127,6 +129,23 @@ def test_what_it_was_made_from_stands_in_it(case: Any) -> None:
     assert (acquired.PurposeOfReferenceCodeSequence[0].CodeValue, acquired.Manufacturer) == ("109101", "ACME")
     assert processed.PurposeOfReferenceCodeSequence[0].CodeValue == "109102"
     assert "class activation map" in ds.DerivationDescription and "not anatomy" in ds.DerivationDescription
+
+
+def test_the_capture_carries_the_equipment_of_the_image_it_shows(empty_case: Any, clip: Any) -> None:
+    """A study of two devices: the SR begins with the first image of the result, the capture with the first shown."""
+    empty_case.add(clip(1, StationName="ROOM1"))
+    empty_case.add(clip(2, StationName="ROOM2", BodyPartExamined="ABDOMEN"))
+    result = empty_case.result()
+    second = list(empty_case.sources)[1]
+    finding = result.findings[0]
+    heatmap = replace(
+        finding.heatmap, frame_refs=tuple(replace(r, sop_instance_uid=second) for r in finding.heatmap.frame_refs)
+    )
+    shown = replace(result, findings=(replace(finding, heatmap=heatmap),))
+    sr, capture = (empty_case.read(b) for b in report.build(shown, empty_case.sources, empty_case.report_context()))
+    stations = [ds.ContributingEquipmentSequence[0].StationName for ds in (sr, capture)]
+    assert stations == ["ROOM1", "ROOM2"]
+    assert (str(capture.PatientName), capture.AccessionNumber) == ("Doe^Jane", "A-77")
 
 
 def test_a_banner_that_may_still_be_there_is_declared(empty_case: Any, clip: Any) -> None:

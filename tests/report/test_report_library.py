@@ -12,7 +12,9 @@ import pytest
 from pydicom.dataset import Dataset
 
 from dicom_node import report
-from dicom_node.report import Variant
+from dicom_node.errors import ReportError
+from dicom_node.report import Variant, library
+from dicom_node.report.normalise import REFERENCED, read_reference, read_source
 from dicom_node.result import Code, FrameRef
 
 MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
@@ -62,6 +64,49 @@ def test_a_stack_is_described_once_and_every_image_is_there(empty_case: Any, cli
     study = ds.CurrentRequestedProcedureEvidenceSequence[0]
     evidence = [i.ReferencedSOPInstanceUID for s in study.ReferencedSeriesSequence for i in s.ReferencedSOPSequence]
     assert sorted(evidence) == sorted(empty_case.sources)
+
+
+def test_phases_that_differ_are_described_each_by_itself(empty_case: Any, clip: Any) -> None:
+    thick = slice_of(clip, 8, 1), slice_of(clip, 8, 2)
+    for ds in thick:
+        ds.SliceThickness = 5
+        empty_case.add(ds)
+    ds = empty_case.read(document(empty_case, clip, 2, 2))
+    said = [i for i in items(ds) if i.ConceptNameCodeSequence[0].CodeMeaning == "Slice Thickness"]
+    assert [float(i.MeasuredValueSequence[0].NumericValue) for i in said] == [5, 3, 3]
+
+
+def test_the_evidence_holds_this_study_by_its_series_and_nothing_twice(clip: Any) -> None:
+    other = slice_of(clip, 3, 1)
+    other.StudyInstanceUID = "1.2.3.77"
+    first, again, second = slice_of(clip, 1, 1), slice_of(clip, 1, 1), slice_of(clip, 2, 1)
+    (study,) = library.evidence([first, again, second, other], Dataset(), first.StudyInstanceUID)
+    assert study.StudyInstanceUID == first.StudyInstanceUID
+    told = [(s.SeriesInstanceUID, len(s.ReferencedSOPSequence)) for s in study.ReferencedSeriesSequence]
+    assert told == [(first.SeriesInstanceUID, 1), (second.SeriesInstanceUID, 1)]
+    assert library.evidence([other], Dataset(), first.StudyInstanceUID) == []
+
+
+def test_a_reference_to_an_image_that_is_no_source_is_refused(empty_case: Any, clip: Any) -> None:
+    empty_case.add(slice_of(clip, 1, 1))
+    made = empty_case.result()
+    elsewhere = replace(made.findings[0], sources=(FrameRef(MR_IMAGE, "1.2.3.404", 1, 1),), heatmap=None)
+    with pytest.raises(ReportError, match="cannot be built"):
+        report.build(
+            replace(made, findings=(elsewhere,)),
+            empty_case.sources,
+            empty_case.report_context(variants=(Variant(objects=("sr",)),)),
+        )
+
+
+def test_an_image_that_is_only_referred_to_is_read_as_the_others_are(empty_case: Any, clip: Any) -> None:
+    ds = slice_of(clip, 1, 1)
+    ds.LossyImageCompression, ds.LossyImageCompressionRatio = "01", ["10", "2"]
+    ds.LossyImageCompressionMethod, ds.SpacingBetweenSlices = ["ISO_10918_1", "ISO_15444_1"], 3
+    empty_case.add(ds)
+    whole, part = read_source(empty_case.first.path), read_reference(empty_case.first.path)
+    assert set(part.dir()) == set(REFERENCED)
+    assert all(part[keyword] == whole[keyword] for keyword in REFERENCED)
 
 
 def test_a_lone_image_beside_a_stack_keeps_its_own_description(empty_case: Any, clip: Any) -> None:

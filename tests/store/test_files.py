@@ -263,6 +263,22 @@ def test_write_durable_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch, n
     assert path.read_bytes() == b"old"
 
 
+def test_write_durable_shares_the_fsync_of_the_folder_it_is_given(tmp_path, monkeypatch):
+    from dicom_node.store.sync import FolderSync
+
+    folder, synced = FolderSync(tmp_path), []
+
+    def sync():
+        synced.append(sorted(p.name for p in tmp_path.iterdir()))
+        folder.sync()
+
+    write_durable(tmp_path / "x", b"new", sync)
+    assert synced == [["x"]], "after the rename, before the return"
+    fail_at(monkeypatch, "fsync", 2)  # of the file; of the folder
+    with pytest.raises(StoreError):
+        write_durable(tmp_path / "y", b"new", folder.sync)
+
+
 def test_one_process_a_role(tmp_path):
     with lock_root(tmp_path, "work"):
         with pytest.raises(RootInUseError):

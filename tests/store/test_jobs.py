@@ -9,8 +9,8 @@ import pytest
 from dicom_node.errors import LedgerError
 from dicom_node.store import jobs, studies
 from dicom_node.store.jobs import Ending
-from dicom_node.store.ledger import LEDGER_FILE, Ledger
-from dicom_node.store.schema import JobState, Outcome, Stage, job, study
+from dicom_node.store.ledger import LEDGER_FILE, Ledger, add_event
+from dicom_node.store.schema import JobState, Outcome, Stage, event, job, study
 
 
 def a_study(ledger: Ledger, uid: str = "1.2.3", hold: str | None = None) -> None:
@@ -170,3 +170,14 @@ def test_a_claim_that_finds_nothing_wakes_nobody(ledger):
     assert woken == []
     put(ledger)
     assert woken == [1]
+
+
+def test_a_transaction_that_leaves_nothing_to_do_wakes_nobody_and_is_as_durable(ledger):
+    put(ledger)
+    woken = []
+    ledger.on_commit = lambda: woken.append(1)
+    with ledger.write(wakes=False) as tx:
+        add_event(tx, 1.0, None, "TOLD", "x")
+    assert woken == []
+    with ledger.read() as tx:
+        assert tx.execute(event.select().where(event.c.code == "TOLD")).first() is not None
