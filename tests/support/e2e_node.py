@@ -182,7 +182,7 @@ class Node:
     def state(self, study_uid: str) -> str:
         """From the ledger: a process for each look would take the processor from the node. "" = not known yet."""
         try:
-            engine = open_read_only(Path(self.settings["store"]["root"]), self.settings["store"].get("ledger"))
+            engine = open_read_only(self.folder / self.settings["store"]["root"], self.settings["store"].get("ledger"))
             with engine.connect() as tx:
                 found = inspect.explain(tx, study_uid)
             engine.dispose()
