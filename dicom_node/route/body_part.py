@@ -179,6 +179,11 @@ def _by_body_part_examined(value: str) -> list[Reason]:
     return _by_words(kind, name, value)
 
 
+def load_tables() -> None:
+    """Compile the words now, so that the first study is as fast as the others."""
+    _patterns()
+
+
 @lru_cache(maxsize=1)
 def _patterns() -> tuple[Mapping[str, re.Pattern[str]], re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
     """Compiled once, on first use: our parts, elsewhere, blanked, excluded."""

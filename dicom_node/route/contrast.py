@@ -65,6 +65,11 @@ def _values(header: Header) -> Iterable[tuple[str, str, str]]:
         yield from (("study words", keyword, v) for keyword in STEP_TEXT for v in item.texts(keyword))
 
 
+def load_tables() -> None:
+    """Compile the words now, so that the first study is as fast as the others."""
+    _patterns()
+
+
 @lru_cache(maxsize=1)
 def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
     return (

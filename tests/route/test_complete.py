@@ -15,7 +15,7 @@ from dicom_node.errors import QueryError
 from dicom_node.log import Log
 from dicom_node.metrics import Metrics
 from dicom_node.result import ClinicalInput, Code
-from dicom_node.route import missing_requirements
+from dicom_node.route import body_part, contrast, missing_requirements
 from dicom_node.route.complete import RECHECK_SECONDS, CompleteStage
 from dicom_node.route.stage import RouteStage
 from dicom_node.service.orders import apply_command
@@ -258,3 +258,11 @@ def test_a_check_without_anybody_to_ask_is_a_configuration_error(tmp_path):
     }  # fmt: skip
     with pytest.raises(config.ConfigError, match=r"routes\.0\.require\.series_count.*query"):
         config.parse({"routes": [route]}, file="x", base=tmp_path)
+
+
+def test_what_the_first_study_would_load_is_loaded_before_it_comes(tmp_path, clock, make_instance):
+    tables = (body_part._patterns, contrast._patterns)
+    for table in tables:
+        table.cache_clear()
+    assert not Room(tmp_path, clock, make_instance).route.run_once()  # an idle turn
+    assert [table.cache_info().currsize for table in tables] == [1, 1]
