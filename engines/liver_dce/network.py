@@ -6,9 +6,10 @@ map, averaged over the tumour, is the phase's token: what stands beside the tumo
 `build("demo")` plain conv-BN blocks, which learn from few cases on a processor. `engines.training.pretrain` takes both.
 
 Train form: (logits, features) and, in evaluation, the map over all phases. Deployed: logits, features, cam (a map per
-phase), attention (the share of attention each phase receives). The head is not linear, so its gradient differs from
-case to case. It is written out below by the chain rule, in plain arithmetic: exporters refuse autograd, a traced
-gradient would fix the batch, and TensorRT refuses a fused layer normalisation.
+phase), attention (the share of attention each phase receives); the same function with BatchNorm and residuals inside
+the kernels, and with the five volumes pooled once, before the region is repeated for every phase. The head is not
+linear, so its gradient differs from case to case. It is written out below by the chain rule, in plain arithmetic:
+exporters refuse autograd, a traced gradient would fix the batch, and TensorRT refuses a fused layer normalisation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool3d, gelu
+from torch.nn.functional import avg_pool2d, avg_pool3d, gelu, linear
 
 PHASES = 4
 EPS = 1e-5
@@ -56,6 +57,23 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.bn(self.conv(x))
         return torch.relu(y + x if self.residual else y)
+
+    def fused(self) -> nn.Sequential:
+        """The deploy form: BatchNorm and the residual are linear, so one kernel and one bias hold them; in double
+        precision until then."""
+        mean, variance = self.bn.running_mean, self.bn.running_var
+        if mean is None or variance is None:
+            raise ValueError("BatchNorm without running statistics cannot be folded")
+        scale = self.bn.weight.double() / torch.sqrt(variance.double() + self.bn.eps)
+        kernel = self.conv.weight.double() * scale[:, None, None, None, None]
+        if self.residual:
+            index = torch.arange(len(kernel))
+            kernel[index, index, 1, 1, 1] += 1
+        outputs, inputs = kernel.shape[:2]
+        conv = nn.Conv3d(inputs, outputs, 3, self.conv.stride, 1)  # type: ignore[arg-type]
+        conv.weight.data = kernel.float().detach()
+        conv.bias.data = (self.bn.bias.double() - mean.double() * scale).float().detach()  # type: ignore[union-attr]
+        return nn.Sequential(conv, nn.ReLU())
 
 
 class ChannelNorm(nn.Module):
@@ -164,6 +182,24 @@ def _normed_back(gradient: Tensor, n: _Normed) -> Tensor:
     return (gradient - gradient.mean(dim=-1, keepdim=True) - n.value * along) / n.spread
 
 
+class TwoWay(nn.Linear):
+    """A layer that the gradient is taken back through."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("turned", None, persistent=False)
+        """Deployed: the weights transposed. OpenVINO (2026.4) packs a square constant that is multiplied both as it is
+        and transposed once, and takes that for both; so each way has a constant of its own."""
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """From the gradient of what comes out to that of what goes in."""
+        return torch.matmul(gradient, self.weight) if self.turned is None else linear(gradient, self.turned)
+
+    def turn(self) -> None:
+        """To the deployed form."""
+        self.turned = self.weight.detach().t().contiguous()
+
+
 class PhaseHead(nn.Module):
     """Tokens (N, P, C) to logits: pre-norm self-attention with a residual, mean over the phases, norm, two layers."""
 
@@ -172,10 +208,10 @@ class PhaseHead(nn.Module):
         self.heads = heads
         self.phase = nn.Parameter(torch.randn(PHASES, channels) * 0.02)
         self.norm_in, self.shift_in = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.query, self.key = nn.Linear(channels, channels), nn.Linear(channels, channels)
-        self.value, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.query, self.key = TwoWay(channels, channels), TwoWay(channels, channels)
+        self.value, self.out = TwoWay(channels, channels), TwoWay(channels, channels)
         self.norm_out, self.shift_out = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.hidden, self.last = nn.Linear(channels, hidden), nn.Linear(hidden, classes)
+        self.hidden, self.last = TwoWay(channels, hidden), nn.Linear(hidden, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.run(tokens)[0]
@@ -196,17 +232,14 @@ class PhaseHead(nn.Module):
 
         # The same way back, by the chain rule.
         towards = (self.last.weight[1] - self.last.weight[0]) * (before > 0).to(before.dtype)
-        d_mean = _normed_back(torch.matmul(towards, self.hidden.weight) * self.norm_out, second)
+        d_mean = _normed_back(self.hidden.back(towards) * self.norm_out, second)
         d_mixed = (d_mean / PHASES)[:, None, :] + torch.zeros_like(tokens)
-        d_heads = self._split(torch.matmul(d_mixed, self.out.weight))
+        d_heads = self._split(self.out.back(d_mixed))
         d_v = torch.matmul(shares.transpose(-1, -2), d_heads)
         d_shares = torch.matmul(d_heads, v.transpose(-1, -2))
         d_scores = shares * (d_shares - (d_shares * shares).sum(dim=-1, keepdim=True)) * scale
         d_q, d_k = torch.matmul(d_scores, k), torch.matmul(d_scores.transpose(-1, -2), q)
-        d_y = sum(
-            torch.matmul(self._join(d), layer.weight)
-            for d, layer in ((d_q, self.query), (d_k, self.key), (d_v, self.value))
-        )
+        d_y = sum(layer.back(self._join(d)) for d, layer in ((d_q, self.query), (d_k, self.key), (d_v, self.value)))
         gradient = d_mixed + _normed_back(d_y * self.norm_in, first)
         return logits, shares.mean(dim=(1, 2)), gradient
 
@@ -227,8 +260,13 @@ class PhaseNet(nn.Module):
         self.head = PhaseHead(self.encoder.channels, preset.heads, classes)
         self.per_phase = False
         """Deployed: a map per phase, and the attention."""
+        self.pool = 1
+        """Deployed: the encoder's mean pooling, done here."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.pool > 1:  # in two dimensions, which runtimes do without changing the layout
+            pooled = avg_pool2d(x.flatten(1, 2), self.pool)
+            x = pooled.reshape(-1, *x.shape[1:3], *pooled.shape[2:])
         phases, region = x[:, :PHASES], x[:, PHASES:]
         pairs = torch.stack([phases, region.expand_as(phases)], dim=2).flatten(0, 1)
         last, first = self.encoder.forward_all(pairs)
@@ -246,9 +284,18 @@ class PhaseNet(nn.Module):
         return (logits, features, cam, attention) if self.per_phase else (logits, features, cam.sum(dim=1))
 
     def deploy(self) -> PhaseNet:
-        """A copy for inference."""
+        """A re-parameterised copy for inference; gives the same outputs to rounding."""
         copied = copy.deepcopy(self).eval()
         copied.per_phase = True
+        encoder = copied.encoder
+        copied.pool, encoder.pool = encoder.pool, 1
+        encoder.stages = nn.ModuleList(
+            nn.Sequential(*(b.fused() if isinstance(b, ConvBlock) else b for b in stage.children()))
+            for stage in encoder.stages
+        )
+        for layer in copied.head.modules():
+            if isinstance(layer, TwoWay):
+                layer.turn()
         return copied
 
 

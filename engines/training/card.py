@@ -187,7 +187,7 @@ def metadata(manifest: Table, notes: Table, plan: Table) -> dict[str, Any]:
     test = notes.get("metrics", {}).get("test", {})
     return {
         "version": manifest["version"],
-        "changelog": {manifest["version"]: "first demonstration weights"},
+        "changelog": {manifest["version"]: plan["package"].get("changelog", "first demonstration weights")},
         "task": manifest["task"],
         "description": manifest["algorithm"],
         "authors": "dicom-node",

@@ -65,6 +65,63 @@ def test_the_map_is_the_gradient_towards_the_maps_of_the_tumour(net: Any) -> Non
     assert features.shape[1] == 4 * (net.encoder.early_channels + net.encoder.channels)
 
 
+@pytest.mark.parametrize(
+    "preset",
+    [network.Preset((8, 12, 16), (1, 0, 1), 2, False, 2), network.Preset((8, 12, 16, 16), (1, 1, 1, 1), 1, True, 2)],
+    ids=["blocks", "ConvNeXt"],
+)
+def test_the_deployed_form_is_the_train_form(preset: Any) -> None:
+    torch.manual_seed(4)
+    model = network.PhaseNet(preset).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.2)  # nothing stays where it began: BatchNorm's scale 1, shift 0
+    model(_case(6, 9))
+    model.eval()
+    kept, x = {k: v.clone() for k, v in model.state_dict().items()}, _case(2)
+    deployed = model.deploy()
+    with torch.no_grad():
+        (logits, features, whole), (found, same, cam, _) = model(x), deployed(x)
+    assert logits.abs().max() > 0.05 and whole.abs().max() > 1e-4
+    assert torch.allclose(found, logits, atol=1e-4)
+    assert torch.allclose(same, features, atol=1e-5 * float(features.abs().max()))
+    assert torch.allclose(cam.sum(dim=1), whole, atol=1e-4 * float(whole.abs().max()))
+    assert not [m for m in deployed.modules() if isinstance(m, torch.nn.BatchNorm3d)]
+    assert model.state_dict().keys() == kept.keys() and model.pool == 1
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+
+
+def test_the_way_back_is_right_on_openvino_at_the_width_of_the_paper(tmp_path: Path) -> None:
+    """OpenVINO takes a square constant that is multiplied both ways for one of them; exported graphs share constants
+    from a certain size."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    pytest.importorskip("openvino", reason="openvino is not installed (extra [openvino])")
+    from dicom_node.runtime import Model, Place
+    from dicom_node.runtime.openvino import OpenVinoBackend
+    from engines.training import export
+
+    class Head(torch.nn.Module):
+        def __init__(self, head: Any) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, tokens: Any) -> Any:
+            return self.head.run(tokens)
+
+    torch.manual_seed(0)
+    model = network.PhaseNet(network.Preset((8, 12, 96), (0, 0, 0), 4, False, 2)).eval()
+    for parameter in model.head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    head, names = Head(model.deploy().head), ("logits", "attention", "gradient")
+    tokens = torch.randn(2, 4, 96)
+    path = export.export(head, tokens.numpy(), names, tmp_path, ("fp32",))["fp32"]
+    exported = Model("head", ("x",), names, {"fp32": path.read_bytes()}, {}, {"fp32": 1e-3}, {"x": (4, 96)})
+    found = OpenVinoBackend().open(exported, Place(threads=1)).run({"x": tokens.numpy()})
+    with torch.no_grad():
+        expected = dict(zip(names, head(tokens), strict=True))
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value.numpy(), abs=1e-4 * float(value.abs().max())), name
+
+
 def test_every_phase_goes_through_one_encoder_and_its_place_counts(net: Any) -> None:
     x = _case(1)
     swapped = x[:, [0, 2, 1, 3, 4]]
