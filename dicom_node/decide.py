@@ -39,7 +39,7 @@ from dicom_node.result import (
     Result,
     Score,
 )
-from dicom_node.store.sync import fsync_folder
+from dicom_node.store.sync import fsync_file, fsync_folder
 
 Array = NDArray[np.floating[Any]]
 SIDES = {  # CID 244
@@ -398,6 +398,8 @@ class _Spool:
         """All that is put is durable at the end, or nothing is left of it. Raises StoreError."""
         try:
             yield self
+            for path in self._written:  # all of them last: the first flushes most of what the others wrote
+                fsync_file(path)
             fsync_folder(self._folder)
         except BaseException as e:
             for path in self._written:
@@ -414,7 +416,6 @@ class _Spool:
         with os.fdopen(fd, "w+b") as file:
             np.save(file, np.ascontiguousarray(array), allow_pickle=False)
             file.flush()
-            os.fsync(file.fileno())
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return ArrayFile(path.name, digest, tuple(array.shape), str(array.dtype))

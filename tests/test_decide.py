@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -254,6 +255,27 @@ def test_a_full_disk_is_a_store_error_and_leaves_nothing(tmp_path: Path, monkeyp
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(StoreError, match="No space left"):
         conclude(tmp_path, unit(), unit("Lesion 2"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_array_is_durable_before_the_result_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())), real(fd))[1]
+    )
+    result(tmp_path, unit(), unit("Lesion 2"))
+    assert sorted(synced[:-1]) == sorted(map(str, tmp_path.iterdir())) and len(synced) == 5
+    assert synced[-1] == str(tmp_path), "their names last"
+
+
+def test_an_array_that_cannot_be_made_durable_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(StoreError, match="Input/output"):
+        conclude(tmp_path, unit())
     assert not list(tmp_path.iterdir())
 
 
