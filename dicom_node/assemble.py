@@ -67,7 +67,7 @@ class AssembleStage:
         return forced or not (study.associations & still_open)
 
     def _fire(self, study: DueStudy, now: float) -> None:
-        with self._ledger.write() as tx:
+        with self._ledger.write(wakes=(schema.Stage.ROUTE,)) as tx:
             row = tx.execute(sa.select(schema.study).where(schema.study.c.uid == study.study_uid)).mappings().one()
             if row["due_at"] is None or row["last_received"] != study.last_received or row["hold"] is not None:
                 return  # an instance came in between; the timer was set anew

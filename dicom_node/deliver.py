@@ -178,7 +178,7 @@ class DeliverStage:
 
     def _delivered(self, one: Delivery, outcome: SendOutcome, now: float) -> None:
         self._failures, self._not_before = 0, 0.0
-        with self._ledger.write(wakes=False) as tx:
+        with self._ledger.write(wakes=()) as tx:
             deliveries.delivered(tx, one, outcome.status or 0, now, outcome.reason)
             deliveries.resume(tx, self._name, now)
             last = deliveries.last_received(tx, one.study_uid)

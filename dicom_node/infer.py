@@ -73,7 +73,7 @@ class InferStage:
     def run_once(self) -> bool:
         """One job. True = there was one."""
         lease = self._config.timeout_seconds + WORKER_START_SECONDS
-        with self._ledger.write(wakes=False) as tx:
+        with self._ledger.write(wakes=()) as tx:
             job = jobs.claim(tx, Stage.INFER, self._ledger.clock(), lease)
         if job is None:
             return False
@@ -156,7 +156,7 @@ class InferStage:
 
     def _end(self, job: Job, ending: Ending, *, report: dict[str, Any] | None = None) -> None:
         now = self._ledger.clock()
-        with self._ledger.write() as tx:
+        with self._ledger.write(wakes=(Stage.REPORT,)) as tx:
             if not jobs.finish(tx, job, ending, now):
                 return  # a newer revision fenced this run out
             self._tell(tx, job, ending, now)

@@ -113,7 +113,7 @@ def test_objects_arrive_as_they_are_most_urgent_first_over_one_association(line,
 def test_what_was_delivered_wakes_no_other_stage(line, pacs):
     line.queue(), line.queue(SR)
     stage, woken = line.stage(pacs.port), []
-    line.ledger.on_commit = lambda: woken.append(1)
+    line.ledger.on_commit = woken.append
     drain(stage)
     stage.close()
     assert {r["state"] for r in line.rows().values()} == {"DELIVERED"} and woken == []

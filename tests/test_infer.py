@@ -121,9 +121,9 @@ def test_demonstration_results_stay_on_the_machine(make_room, intended_use, deli
 def test_the_answer_wakes_the_stages_and_the_claim_does_not(make_room):
     room = make_room(deliver=["near"])
     woken = []
-    room.ledger.on_commit = lambda: woken.append(bool(room.answers))
+    room.ledger.on_commit = lambda stages: woken.append((stages, len(room.answers)))
     room.run(said())
-    assert woken == [False], "once, after the answer: each stage that is woken holds up the one that has work"
+    assert woken == [(("report",), 0)], "once, after the answer: each stage that is woken holds up the one with work"
 
 
 def test_shadow_mode_sends_nothing_whatever_the_package(make_room):

@@ -94,7 +94,7 @@ class ClinicalStage:
 
     def run_once(self) -> bool:
         """One study. True = there was one."""
-        with self._ledger.write(wakes=False) as tx:
+        with self._ledger.write(wakes=()) as tx:
             job = jobs.claim(tx, Stage.CLINICAL, self._ledger.clock(), LEASE_SECONDS)
         if job is None:
             return False

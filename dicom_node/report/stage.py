@@ -58,7 +58,7 @@ class ReportStage:
         if not self._loaded:  # in this stage's own thread, while the node listens already
             preload()
             self._loaded = True
-        with self._ledger.write(wakes=False) as tx:
+        with self._ledger.write(wakes=()) as tx:
             job = jobs.claim(tx, Stage.REPORT, self._ledger.clock(), LEASE_SECONDS)
         if job is None:
             return False
@@ -132,7 +132,7 @@ class ReportStage:
     def _commit(self, job: Job, built: tuple[BuiltObject, ...], outputs: list[Output]) -> None:
         now = self._ledger.clock()
         summary: dict[str, Any] = {"objects": [o.sop_uid for o in outputs]}
-        with self._ledger.write() as tx:
+        with self._ledger.write(wakes=("deliver",)) as tx:
             if not jobs.finish(tx, job, Ending(Outcome.BUILT, output=summary), now):
                 return  # a newer revision took over: nothing of this one is sent
             for made, output in zip(built, outputs, strict=True):

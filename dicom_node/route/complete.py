@@ -66,7 +66,7 @@ class CompleteStage:
 
     def run_once(self) -> bool:
         """One route of one study. True = there was one."""
-        with self._ledger.write(wakes=False) as tx:
+        with self._ledger.write(wakes=()) as tx:
             job = jobs.claim(tx, Stage.COMPLETE, self._ledger.clock(), LEASE_SECONDS)
         if job is None:
             return False

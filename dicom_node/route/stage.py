@@ -45,7 +45,7 @@ class RouteStage:
         if not self._loaded:  # in this stage's own thread, while the node listens already
             _preload()
             self._loaded = True
-        with self._ledger.write(wakes=False) as tx:
+        with self._ledger.write(wakes=()) as tx:
             job = jobs.claim(tx, Stage.ROUTE, self._ledger.clock(), LEASE_SECONDS)
         if job is None:
             return False

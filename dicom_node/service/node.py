@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Node:
         self._by_name = {loop.name: loop for loop in self._loops}
         self._control = ControlServer(root / "run", self._answer, self.view.take)
         self._server: Any = None
-        self.ledger.on_commit = self._wake_all
+        self.ledger.on_commit = self._wake
 
     # -- composition
 
@@ -272,9 +272,11 @@ class Node:
         for name in ("index", "assemble"):
             self._by_name[name].wake()
 
-    def _wake_all(self) -> None:
+    def _wake(self, stages: Collection[str] | None) -> None:
+        """These, or all that work on what the ledger holds."""
         for loop in self._loops:
-            if loop.name not in ("index", "upkeep", "replay"):
+            stage = loop.name.split(":")[0]
+            if stage in stages if stages is not None else stage not in ("index", "upkeep", "replay"):
                 loop.wake()
 
     def _listener_event(self, message: Message) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ LEDGER_FILE = "ledger.sqlite"
 class Ledger:
     """`with ledger.write() as tx:` is one durable transaction; everything in it happens or nothing does.
 
-    `on_commit` is called after each commit that changed something (the service wakes the stages with it), but not of a
-    transaction that says by `wakes=False` that it leaves nothing for another stage: a claim, or what was delivered.
+    `on_commit` is called after each commit that changed something; the service wakes stages with it: those that the
+    transaction names by `wakes`, else all. A claim, and what was delivered, leave nothing for another: `wakes=()`.
     """
 
     def __init__(self, root: Path, url: str | None = None, *, clock: Clock = time.time) -> None:
         self.clock = clock
-        self.on_commit: Callable[[], None] = lambda: None
+        self.on_commit: Callable[[Collection[str] | None], None] = lambda _stages: None
         self._lock = threading.RLock()
         self._engine = sa.create_engine(
             url or f"sqlite:///{root / LEDGER_FILE}",
@@ -67,14 +67,14 @@ class Ledger:
             raise LedgerError(f"the ledger cannot be opened: {e.orig}") from e
 
     @contextmanager
-    def write(self, *, wakes: bool = True) -> Iterator[sa.Connection]:
+    def write(self, *, wakes: Collection[str] | None = None) -> Iterator[sa.Connection]:
         """One transaction on the only writing connection. Raises sqlalchemy.exc.DBAPIError."""
         with self._lock, self._engine.begin() as tx:
             before = _changes(tx)
             yield tx
             changed = before is None or _changes(tx) != before
-        if changed and wakes:  # each stage that is woken asks the ledger, and holds up the one that has work
-            self.on_commit()
+        if changed and wakes != ():  # each stage that is woken asks the ledger, and holds up the one that has work
+            self.on_commit(wakes)
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
