@@ -7,7 +7,7 @@ derived (`uids.py`).
     context.py    what a caller passes and gets: ReportContext, Variant, BuiltObject
     sr.py         Comprehensive 3D or Enhanced SR, TID 1500
     capture.py    the heatmap as a Secondary Capture;   picture.py draws its frames, rle.py packs them
-    objects.py    what both kinds share;   normalise.py cleans the source's header;   part10.py writes the file
+    objects.py    what both kinds share;   normalise.py cleans the source's header
     tree.py       an SR as readable text
 
 highdicom and Pillow cost half a second to import, so nothing here imports them before the first object is built.

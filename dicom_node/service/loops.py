@@ -28,7 +28,7 @@ class StageLoop(threading.Thread):
         recorder: Recorder,
         *,
         seconds_to_next: Callable[[], float] | None = None,
-        idle_seconds: float = 1.0,
+        idle_seconds: float = 2.0,
         linger_seconds: float = 0.0,
     ) -> None:
         super().__init__(name=name, daemon=True)

@@ -11,7 +11,7 @@ import statistics
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,9 +208,8 @@ def where(found: list[Taken]) -> str:
     return ", ".join(f"{name.lower()} {statistics.median(ms):.0f}" for name, ms in zip(STEPS, steps, strict=True))
 
 
-def first(work: Path, a_node: MakeNode, rounds: int, studies: int = 10) -> list[str]:
+def first(work: Path, a_node: MakeNode, rounds: int, studies: int = 10) -> Iterator[str]:
     """The first study after /readyz against the tenth, of a node that has just started; each engine its own node."""
-    lines = []
     for task in TASKS:
         ratios, firsts, tenths = [], [], []
         for number in range(rounds):
@@ -226,11 +225,10 @@ def first(work: Path, a_node: MakeNode, rounds: int, studies: int = 10) -> list[
             firsts.append(taken[0])
             tenths.append(statistics.median(taken[studies // 2 :]))
             ratios.append(firsts[-1] / tenths[-1])
-        lines.append(
+        yield (
             f"{task}: first study after /readyz {spread(firsts)}, tenth {spread(tenths)}, "
             f"ratio median {statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f})"
         )
-    return lines
 
 
 def spread(ms: list[float]) -> str:
