@@ -88,7 +88,10 @@ class Guarded:
         for name, shape in self._outputs.items():
             found = answers.get(name)
             if not isinstance(found, np.ndarray) or found.dtype != np.float32 or found.shape != (count, *shape):
-                raise BackendError(f"model {self._model.name} on {self.backend}: {name} is {_form(found)}")
+                wanted = f"float32 {(count, *shape)}"
+                raise BackendError(
+                    f"model {self._model.name} on {self.backend}: {name} is {_form(found)}, {wanted} expected"
+                )
             if not np.isfinite(found).all():
                 self._not_finite(name, inputs)
         return {name: answers[name] for name in self._outputs}
