@@ -39,7 +39,7 @@ from dicom_node.result import (
     Result,
     Score,
 )
-from dicom_node.store.sync import fsync_file, fsync_folder
+from dicom_node.store.sync import fsync_path
 
 Array = NDArray[np.floating[Any]]
 SIDES = {  # CID 244
@@ -399,8 +399,8 @@ class _Spool:
         try:
             yield self
             for path in self._written:  # all of them last: the first flushes most of what the others wrote
-                fsync_file(path)
-            fsync_folder(self._folder)
+                fsync_path(path)
+            fsync_path(self._folder)
         except BaseException as e:
             for path in self._written:
                 path.unlink(missing_ok=True)

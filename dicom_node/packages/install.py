@@ -23,7 +23,7 @@ from dicom_node.errors import PackageError, StoreError
 from dicom_node.packages.load import ACTIVE, ModelPackage, load_package
 from dicom_node.runtime import graph
 from dicom_node.store.files import RootLock, lock_root, write_durable
-from dicom_node.store.sync import fsync_folder
+from dicom_node.store.sync import fsync_path
 
 HISTORY_KEPT = 16
 """So many versions back can `rollback` go."""
@@ -115,8 +115,8 @@ def staged(package: ModelPackage, root: Path) -> Iterator[Path]:
                 _write(folder, name, package.read(name))
             _write(folder, "manifest.yaml", _manifest(package))
             for path in sorted(p for p in folder.rglob("*") if p.is_dir()):
-                fsync_folder(path)
-            fsync_folder(folder)
+                fsync_path(path)
+            fsync_path(folder)
         except OSError as e:
             raise StoreError(f"the package cannot be copied ({e.strerror})") from e
         yield folder
@@ -147,8 +147,8 @@ def settle(copy: Path, root: Path, package: ModelPackage) -> Path:
     try:
         final.parent.mkdir(exist_ok=True)
         copy.rename(final)
-        fsync_folder(final.parent)
-        fsync_folder(root / "models")
+        fsync_path(final.parent)
+        fsync_path(root / "models")
     except OSError as e:
         raise StoreError(f"the package cannot be given its name ({e.strerror})") from e
     return final
@@ -174,6 +174,6 @@ def choose(root: Path, task: str, versions: tuple[str, ...]) -> None:
         return
     try:
         marker.unlink(missing_ok=True)
-        fsync_folder(marker.parent)
+        fsync_path(marker.parent)
     except OSError as e:
         raise StoreError(f"the marker cannot be removed ({e.strerror})") from e

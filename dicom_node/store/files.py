@@ -23,7 +23,7 @@ from pathlib import Path
 from dicom_node.errors import RootInUseError, StoreError
 from dicom_node.store import header, part10
 from dicom_node.store.part10 import FileMeta
-from dicom_node.store.sync import FolderSync, fsync_folder
+from dicom_node.store.sync import FolderSync, fsync_path
 from dicom_node.study import Header
 
 FOLDERS = ("incoming", "objects", "quarantine", "spool", "outputs", "models", "run")
@@ -67,7 +67,7 @@ def write_durable(path: Path, data: bytes, sync: Callable[[], None] | None = Non
         finally:
             os.close(fd)
         temporary.rename(path)
-        fsync_folder(path.parent) if sync is None else sync()
+        fsync_path(path.parent) if sync is None else sync()
     except OSError as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -308,7 +308,7 @@ class Files:
                 raise StoreError(f"instance {instance_id} cannot be filed away ({e.strerror})") from e
         try:
             for folder in (*sorted(touched), self.incoming):
-                fsync_folder(folder)
+                fsync_path(folder)
         except OSError as e:
             raise StoreError(f"folders of the store cannot be synced ({e.strerror})") from e
 

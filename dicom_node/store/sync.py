@@ -12,17 +12,11 @@ import threading
 from pathlib import Path
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in the folder durable. An error is final: after EIO a second fsync may lie (the page is clean)."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def fsync_path(path: Path) -> None:
+    """Make durable the names in a folder, or what was written to a file that is closed by now.
 
-
-def fsync_file(path: Path) -> None:
-    """Make durable what was written to a file that is closed by now. An error is final, as above."""
+    An error is final: after EIO a second fsync may lie (the page is clean).
+    """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -79,7 +73,7 @@ class FolderSync:
         self._condition.release()
         try:
             if self._fd < 0:
-                fsync_folder(self._folder)
+                fsync_path(self._folder)
             else:
                 os.fsync(self._fd)
         except OSError as e:

@@ -183,9 +183,11 @@ class Node:
         """From the ledger: a process for each look would take the processor from the node. "" = not known yet."""
         try:
             engine = open_read_only(self.folder / self.settings["store"]["root"], self.settings["store"].get("ledger"))
-            with engine.connect() as tx:
-                found = inspect.explain(tx, study_uid)
-            engine.dispose()
+            try:
+                with engine.connect() as tx:
+                    found = inspect.explain(tx, study_uid)
+            finally:
+                engine.dispose()
         except (LedgerError, sqlalchemy.exc.OperationalError):  # it is only now being made
             return ""
         return str(found["state"]) if found else ""
