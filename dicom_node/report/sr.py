@@ -17,7 +17,6 @@ from typing import Any, Final
 
 import highdicom as hd
 import numpy as np
-from highdicom.sr import utils as sr_utils
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes as standard
 from pydicom.uid import (
@@ -29,7 +28,7 @@ from pydicom.uid import (
 from dicom_node.packages import Task
 from dicom_node.report import codes, objects
 from dicom_node.report.context import Predecessor, Region, ReportContext, Variant
-from dicom_node.report.library import image_library
+from dicom_node.report.library import evidence, image_library
 from dicom_node.report.uids import Uids
 from dicom_node.report.wording import mark_of, series_description
 from dicom_node.result import ClinicalInput, Code, Finding, FrameRef, Provenance, Refusal, Result, Score
@@ -132,8 +131,7 @@ def build_sr(
     content = _content(document, sources, context, uids)
     for element in content:
         made.add(element)
-    same_study, _ = sr_utils.collect_evidence(sources, content, study_instance_uid=context.study_instance_uid)
-    if same_study:
+    if same_study := evidence(sources, content, context.study_instance_uid):
         made.CurrentRequestedProcedureEvidenceSequence = same_study
     return made
 

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 
 from dicom_node import report
 from dicom_node.errors import ReportError
-from dicom_node.report import Variant
+from dicom_node.report import Variant, library
 from dicom_node.report.normalise import REFERENCED, read_reference, read_source
 from dicom_node.result import Code, FrameRef
 
@@ -74,6 +74,17 @@ def test_phases_that_differ_are_described_each_by_itself(empty_case: Any, clip: 
     ds = empty_case.read(document(empty_case, clip, 2, 2))
     said = [i for i in items(ds) if i.ConceptNameCodeSequence[0].CodeMeaning == "Slice Thickness"]
     assert [float(i.MeasuredValueSequence[0].NumericValue) for i in said] == [5, 3, 3]
+
+
+def test_the_evidence_holds_this_study_by_its_series_and_nothing_twice(clip: Any) -> None:
+    other = slice_of(clip, 3, 1)
+    other.StudyInstanceUID = "1.2.3.77"
+    first, again, second = slice_of(clip, 1, 1), slice_of(clip, 1, 1), slice_of(clip, 2, 1)
+    (study,) = library.evidence([first, again, second, other], Dataset(), first.StudyInstanceUID)
+    assert study.StudyInstanceUID == first.StudyInstanceUID
+    told = [(s.SeriesInstanceUID, len(s.ReferencedSOPSequence)) for s in study.ReferencedSeriesSequence]
+    assert told == [(first.SeriesInstanceUID, 1), (second.SeriesInstanceUID, 1)]
+    assert library.evidence([other], Dataset(), first.StudyInstanceUID) == []
 
 
 def test_a_reference_to_an_image_that_is_no_source_is_refused(empty_case: Any, clip: Any) -> None:
